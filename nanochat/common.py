@@ -6,7 +6,8 @@
 __all__ = ['NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device', 'pick_dtype',
            'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup', 'print0', 'profiles_dir',
            'list_profiles', 'load_profile', 'describe_machine', 'git_state', 'now', 'Run', 'stage_options',
-           'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage']
+           'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'stage_command', 'launch',
+           'parse_override']
 
 # %% ../nbs/00_common.ipynb #5ae1b90a
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, inspect, json, os, platform, sys, time, traceback
@@ -438,3 +439,51 @@ def stage(
 ):
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
+
+# %% ../nbs/00_common.ipynb #b0b4bcd4
+def stage_command(
+    module: str, # module of the stage, as in pretrain
+    run: str, # name of the run
+    profile: str, # name or path of the profile
+    nproc: int = 1, # processes
+    **options, # the stage's options
+) -> list[str]:
+    "The command line that runs a stage"
+    start = [sys.executable, "-m"] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"]
+    words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
+    return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
+
+def launch(
+    module: str, # module of the stage, as in pretrain
+    run: str, # name of the run
+    profile: str = "kindergarten", # name or path of the profile
+    nproc: int = 1, # processes
+    **options, # the stage's options
+) -> None:
+    "Run a stage as a command and show what it prints; raises `NanochatError` with its message if it fails"
+    import subprocess
+    command = stage_command(module, run, profile, nproc, **options)
+    print("$ " + " ".join(["torchrun", *command[3:]] if nproc > 1 else ["python", *command[1:]]), flush=True)
+    errors, failed = [], False
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:
+        for line in process.stdout:
+            if line.startswith("nanochat: error: "): errors.append(line.removeprefix("nanochat: error: ").strip())
+            elif not errors: print(line, end="", flush=True)  # after the message there is only torchrun's own account of it
+    if process.returncode:
+        raise NanochatError(errors[0] if errors else f"stage {module} ended with status {process.returncode}; its last lines are above")
+
+# %% ../nbs/00_common.ipynb #7431012b
+def parse_override(
+    text: str, # as in "base.depth=6 sft.steps=100"
+    *more: dict, # further options of stages: {stage: {option: value}}
+) -> dict[str, dict]: # stage → options
+    "Options of stages from one line of text, on top of mappings; raises `NanochatError` for a word that is not stage.option=value"
+    merged = {}
+    for mapping in more:
+        for stage_name, values in mapping.items(): merged.setdefault(stage_name, {}).update(values)
+    for word in text.split():
+        key, equals, value = word.partition("=")
+        stage_name, dot, option = key.partition(".")
+        if not (equals and dot and stage_name and option): raise NanochatError(f"override '{word}': not of the form stage.option=value, as in base.depth=6")
+        merged.setdefault(stage_name, {})[option] = yaml.safe_load(value)
+    return merged

@@ -1,0 +1,327 @@
+"""Data: shards, splits, downloads, batches — what crosses files and processes."""
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nanochat.common import NanochatError, Run
+from nanochat.dataloader import ConversationLoader, DocumentLoader
+from nanochat.dataset import (CORPORA, corpus_files, describe_file, download, find_bundle, folder_root, main, parquet_documents,
+                              parquet_row_groups, pin_val_shard, read_manifest, split_files, update_manifest, verify_files)
+
+FINEWEB = CORPORA['fineweb-edu']
+SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
+
+
+class ByteTokenizer:
+    "A token a byte: enough of a tokenizer to test what is made of tokens."
+    bos, special = 256, {'<|bos|>': 256, '<|assistant_end|>': 257}
+
+    def encode(self, texts, prepend=None): return [[prepend] + list(text.encode()) for text in texts]
+
+    def render_conversation(self, conversation, max_tokens=2048):
+        ids, mask = [256], [0]
+        for message in conversation['messages']:
+            part = [*message['content'].encode(), 257]
+            ids, mask = ids + part, mask + [int(message['role'] == 'assistant')]*len(part)
+        return ids[:max_tokens], mask[:max_tokens]
+
+
+def text(i): return f'document {i}: ' + 'words of it, '*(i*7 % 40)
+
+def write_shards(folder, count=4, documents=40, group=8):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder/FINEWEB.shard(i) for i in range(count)]
+    for i, path in enumerate(paths): pq.write_table(pa.table({'text': [text(i*documents + j) for j in range(documents)]}), path, row_group_size=group)
+    return paths
+
+def chat(question, answer): return {'messages': [dict(role='user', content=question), dict(role='assistant', content=answer)]}
+
+CHATS = [chat('q'*(i % 23), 'a'*(i % 11)) for i in range(70)]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path/'home'))
+    write_shards(tmp_path/'root'/FINEWEB.repo)
+    return tmp_path/'root'
+
+
+def equal(a, b): return torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
+
+
+# shards and splits
+
+def test_ranks_share_all_row_groups_without_overlap(root):
+    files = split_files(root, FINEWEB)[0]
+    whole = [(file, group) for file, group, _ in parquet_row_groups(files)]
+    parts = [[(file, group) for file, group, _ in parquet_row_groups(files, rank=r, world_size=3)] for r in range(3)]
+    assert sorted(sum(parts, [])) == whole and len(whole) == 3*5
+
+def test_reading_resumes_at_any_row_group(root):
+    files = split_files(root, FINEWEB)[0]
+    documents = list(parquet_documents(files))
+    for file in range(3):
+        for group in range(5): assert list(parquet_documents(files, start=(file, group))) == documents[file*40 + group*8:]
+
+@pytest.mark.parametrize('damage, says', [(lambda b: b[:-40], 'truncated'), (lambda b: b'', 'truncated'), (lambda b: b'not parquet at all', 'not parquet')])
+def test_a_broken_shard_is_named_with_the_fix(root, damage, says):
+    path = split_files(root, FINEWEB)[0][1]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(NanochatError, match=f'{path.name}.*{says}.*run the dataset stage again'): list(parquet_documents([path]))
+
+def test_a_shard_without_text_is_named(root, tmp_path):
+    path = tmp_path/'labels.parquet'
+    pq.write_table(pa.table({'text': [1, 2]}), path)
+    with pytest.raises(NanochatError, match='labels.parquet.*strings.*int64'): list(parquet_documents([path]))
+
+def test_validation_shard_stays_when_shards_arrive(root):
+    first = split_files(root, FINEWEB)[1]
+    write_shards(root/FINEWEB.repo, count=7)
+    train, val = split_files(root, FINEWEB)
+    assert val == first and len(train) == 6 and val[0] not in train
+
+def test_catalogue_validation_shard_wins_when_it_is_here(root):
+    pinned = root/FINEWEB.repo/FINEWEB.val_shard
+    pinned.write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
+    assert split_files(root, FINEWEB)[1] == [pinned]
+
+def test_a_missing_pinned_shard_is_an_error_not_another_choice(root):
+    split_files(root, FINEWEB)[1][0].unlink()
+    with pytest.raises(NanochatError, match='shard_00003.parquet.*missing'): split_files(root, FINEWEB)
+
+def test_read_only_folder_keeps_its_pin_in_the_run(root, monkeypatch):
+    def refuse(path, data): raise OSError(errno.EROFS, 'read-only')
+    monkeypatch.setattr('nanochat.dataset.write_atomic', refuse)
+    main(run='r', profile='tiny', data=str(root), shards=-1)
+    write_shards(root/FINEWEB.repo, count=6)
+    run = Run.open('r')
+    run.path('stages', 'dataset.json').unlink()
+    main(run='r', profile='tiny', data=str(root), shards=-1)
+    assert Run.open('r').info['val_shard'] == 'shard_00003.parquet' and len(corpus_files(Run.open('r'))) == 5
+
+def test_stage_finds_a_flipped_bit(root):
+    files = sorted((root/FINEWEB.repo).glob('*.parquet'))
+    update_manifest(root, files={path.relative_to(root).as_posix(): describe_file(path) for path in files})
+    data = bytearray(files[1].read_bytes()); data[500] ^= 4; files[1].write_bytes(data)
+    assert verify_files(root, files, digests=False) == 4
+    with pytest.raises(NanochatError, match='shard_00001.parquet.*SHA-256'): main(run='r', profile='tiny', data=str(root))
+
+def test_cli_answers_bad_input_with_one_line_and_status_2(root, tmp_path):
+    for options in (['--data', 'nowhere'], ['--data', str(root), '--corpus', 'wikipedia'], ['--data', str(tmp_path)]):
+        done = subprocess.run([sys.executable, '-m', 'nanochat.dataset', '--run', 'cli', '--profile', 'tiny', *options], capture_output=True, text=True, env={**os.environ})
+        assert done.returncode == 2 and done.stderr.startswith('nanochat: error:') and done.stderr.count('\n') == 1 and 'Traceback' not in done.stderr, done.stderr
+
+
+# downloads
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A hub on this machine, with its files in `.files` and each request in `.log`."
+    import hashlib, threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Hub(BaseHTTPRequestHandler):
+        files, log, wrong, hang_up = {}, [], set(), []
+        def log_message(self, *args): pass
+        def do_HEAD(self): self.answer(False)
+        def do_GET(self): self.answer(True)
+        def answer(self, body):
+            path = self.path.split('?')[0]
+            if '/tree/' in path:
+                prefix = path.split('/api/datasets/')[1].split('/tree/')[0] + '/'
+                return self.send(200, json.dumps([dict(type='file', path=name[len(prefix):], size=len(data), oid='0', lfs=dict(oid=hashlib.sha256(data).hexdigest(), size=len(data), pointerSize=1))
+                                                  for name, data in self.files.items() if name.startswith(prefix)]).encode(), {'Content-Type': 'application/json'}, True)
+            name = path[len('/datasets/'):].replace('/resolve/main', '')
+            data, start = self.files[name], int((self.headers.get('Range') or 'bytes=0-')[6:].split('-')[0])
+            headers = {'ETag': f'"{hashlib.sha256(data).hexdigest()}"', 'X-Repo-Commit': 'c'*40, 'Content-Range': f'bytes {start}-{len(data) - 1}/{len(data)}'}
+            if name in self.wrong: data = data[::-1]
+            if body: Hub.log.append((name.split('/')[-1], start))
+            self.send(206 if start else 200, data[start:], headers, body, True)
+        def send(self, status, data, headers, body, file=False):
+            self.send_response(status)
+            for key, value in {**headers, 'Content-Length': str(len(data))}.items(): self.send_header(key, value)
+            self.end_headers()
+            sent = data[:Hub.hang_up.pop(0)] if body and file and Hub.hang_up else data
+            if body: self.wfile.write(sent)
+            if len(sent) < len(data): self.connection.close()
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    yield Hub
+    server.shutdown()
+
+def serve(hub, root): hub.files.update({f'{FINEWEB.repo}/{path.name}': path.read_bytes() for path in (root/FINEWEB.repo).glob('*.parquet')})
+
+NAMES = [FINEWEB.shard(i) for i in range(4)]
+
+def test_download_mirrors_whole_files_once(root, hub, tmp_path):
+    serve(hub, root)
+    got = download(tmp_path/'mirror', FINEWEB.repo, NAMES)
+    assert list(parquet_documents(got)) == list(parquet_documents(sorted((root/FINEWEB.repo).glob('*.parquet'))))
+    assert len(hub.log) == 4 and download(tmp_path/'mirror', FINEWEB.repo, NAMES) == got and len(hub.log) == 4
+
+def test_one_bad_file_is_reported_and_the_others_kept(root, hub, tmp_path):
+    serve(hub, root)
+    hub.wrong.add(f'{FINEWEB.repo}/{NAMES[2]}')
+    with pytest.raises(NanochatError, match='1 of 4 files.*shard_00002.parquet.*3 are whole') as error: download(tmp_path/'mirror', FINEWEB.repo, NAMES)
+    assert '\n' not in str(error.value) and not (tmp_path/'mirror'/FINEWEB.repo/NAMES[2]).exists()
+    hub.wrong.clear(); hub.log.clear()
+    download(tmp_path/'mirror', FINEWEB.repo, NAMES)
+    assert {name for name, _ in hub.log} == {NAMES[2]}
+
+def test_a_damaged_local_file_is_fetched_again(root, hub, tmp_path):
+    serve(hub, root)
+    got = download(tmp_path/'mirror', FINEWEB.repo, NAMES)
+    got[1].write_bytes(got[1].read_bytes()[:-10])
+    assert list(parquet_documents(download(tmp_path/'mirror', FINEWEB.repo, NAMES)))
+
+def test_a_lost_connection_goes_on_where_it_stopped(root, hub, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, 'DOWNLOAD_CHUNK_SIZE', 1024)
+    hub.files[f'{FINEWEB.repo}/{NAMES[0]}'] = data = os.urandom(50_000)
+    hub.hang_up.append(20_000)
+    assert download(tmp_path/'mirror', FINEWEB.repo, NAMES[:1])[0].read_bytes() == data
+    assert [start > 0 for _, start in hub.log] == [False, True]
+
+def test_no_hub_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(NanochatError, match='cannot list.*HF_ENDPOINT'): download(tmp_path, FINEWEB.repo, NAMES)
+
+
+# documents
+
+@pytest.fixture
+def files(tmp_path): return write_shards(tmp_path/'shards')
+
+def make(files, **options): return DocumentLoader(files, ByteTokenizer(), 4, 32, **options)
+
+def test_batches_are_the_stream_cut_into_rows(files):
+    stream = [i for document in parquet_documents(files) for i in [256, *document.encode()]]
+    loader = make(files, encode_batch=3)
+    rows = torch.cat([next(loader).inputs for _ in range(50)])
+    assert rows.flatten().tolist() == stream[:rows.numel()]
+
+def test_targets_are_inputs_one_step_later(files):
+    batches = [next(loader) for loader in [make(files)] for _ in range(20)]
+    inputs, targets = (torch.cat([getattr(batch, name).flatten() for batch in batches]) for name in ('inputs', 'targets'))
+    assert torch.equal(inputs[1:], targets[:-1])
+
+@pytest.mark.parametrize('world_size, batch_size', [(2, 4), (4, 2), (2, 2), (1, 8)])
+def test_union_of_ranks_is_the_single_process(files, world_size, batch_size):
+    loader = make(files)
+    single = torch.cat([next(loader).inputs for _ in range(16)])
+    ranks = [DocumentLoader(files, ByteTokenizer(), batch_size, 32, rank=r, world_size=world_size) for r in range(world_size)]
+    steps = [torch.stack([next(rank).inputs for rank in ranks], 1).flatten(0, 1) for _ in range(64//(world_size*batch_size))]
+    assert torch.equal(torch.cat(steps), single)
+    assert all(rank.state_dict() == loader.state_dict() for rank in ranks)
+
+@pytest.mark.parametrize('split', ['rows', 'row_groups'])
+def test_documents_resume_to_the_bit_from_every_batch(files, split):
+    options = dict(split=split, rank=1, world_size=2)
+    loader, states, record = make(files, **options), [], []
+    for _ in range(400): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
+    assert loader.epoch >= 1
+    for start in range(0, 390, 13):
+        again = make(files, **options)
+        again.load_state_dict(json.loads(states[start]))
+        assert all(equal(next(again), batch) for batch in record[start:start + 10])
+
+def test_state_stays_small(files):
+    loader = make(files)
+    for _ in range(100): next(loader)
+    assert len(json.dumps(loader.state_dict())) < 300
+
+def test_state_with_another_shard_list_is_refused(files):
+    state = make(files).state_dict()
+    with pytest.raises(NanochatError, match='shard_00000.parquet'): make(files[1:]).load_state_dict(state)
+
+def test_empty_and_null_documents_leave_no_trace(tmp_path):
+    for name, texts in (('with', ['', 'abc', None, 'de', '']), ('without', ['abc', 'de'])): pq.write_table(pa.table({'text': texts}), tmp_path/f'{name}.parquet')
+    a, b = (DocumentLoader([tmp_path/f'{name}.parquet'], ByteTokenizer(), 1, 8) for name in ('with', 'without'))
+    assert all(equal(next(a), next(b)) for _ in range(5))
+
+def test_shards_without_text_are_an_error_not_a_hang(tmp_path):
+    pq.write_table(pa.table({'text': ['', '']}), tmp_path/'x.parquet')
+    with pytest.raises(NanochatError, match='hold no text'): DocumentLoader([tmp_path/'x.parquet'], ByteTokenizer(), 1, 8).next_batch()
+
+
+# conversations
+
+PACKINGS = ['flat', 'padded', 'best_fit']
+
+def talk(chats=CHATS, batch_size=4, sequence_len=40, **options): return ConversationLoader(chats, ByteTokenizer(), batch_size, sequence_len, **options)
+
+@pytest.mark.parametrize('mask', [True, False])
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_conversations_resume_to_the_bit_from_every_batch(packing, mask):
+    options = dict(packing=packing, mask=mask, epochs=2)
+    loader, states, record = talk(**options), [], []
+    for batch in loader: record.append(batch); states.append(json.dumps(loader.state_dict()))
+    for start in range(0, len(record), 3):
+        again = talk(**options)
+        again.load_state_dict(json.loads(states[start]))
+        rest = list(again)
+        assert len(rest) == len(record) - start - 1 and all(map(equal, rest, record[start + 1:])) and again.stats == loader.stats
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_conversation_ranks_are_the_single_process(packing):
+    single = torch.cat([batch.targets for batch in talk(packing=packing, epochs=1)])
+    ranks = [list(talk(packing=packing, epochs=1, rank=r, world_size=2)) for r in range(2)]
+    both = torch.stack([torch.cat([batch.targets for batch in rank]) for rank in ranks], 1).flatten(0, 1)
+    assert len(ranks[0]) == len(ranks[1]) and torch.equal(both[:len(single)], single) and (both[len(single):] == -1).all()
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_each_answer_token_is_a_target_once_an_epoch(packing):
+    loader = talk(packing=packing, epochs=1)
+    targets = torch.cat([batch.targets.flatten() for batch in loader])
+    assert (targets >= 0).sum() == sum(sum(ByteTokenizer().render_conversation(c)[1]) for c in CHATS) == loader.stats['supervised']
+    assert set(targets.unique().tolist()) == {-1, ord('a'), 257}
+
+@pytest.mark.parametrize('packing', PACKINGS)
+def test_no_row_without_a_target_reaches_a_model(packing):
+    chats = CHATS + [chat('long question '*20, 'never reached')]*9
+    loader = talk(chats, packing=packing, epochs=1)
+    batches = list(loader)
+    assert all((batch.targets >= 0).any(1).all() for batch in batches[:-1]) and (batches[-1].targets >= 0).any()
+    assert (loader.stats['dropped'] if packing != 'flat' else loader.stats['skipped_rows']) >= 9
+
+def test_nothing_to_learn_is_an_error_not_a_hang():
+    with pytest.raises(NanochatError, match='none of the 3'): talk([chat('x'*100, 'y')]*3, packing='padded').next_batch()
+    with pytest.raises(NanochatError, match='empty'): talk([])
+
+def test_best_fit_keeps_conversations_whole():
+    loader = talk(packing='best_fit', epochs=1)
+    rows = []
+    while row := loader.next_row(): rows.append(row[0])
+    assert sum(ids.count(256) for ids in rows) == len(CHATS) and all(ids[0] == 256 and ids[-1] == 257 for ids in rows)
+    assert len(rows) < talk(packing='padded').count()['rows']/1.3
+
+def test_another_mixture_or_seed_is_refused_at_resume():
+    state = talk().state_dict()
+    for other in (dict(seed=7), dict(packing='padded'), dict(chats=CHATS[1:])):
+        with pytest.raises(NanochatError, match='differs'): talk(**other).load_state_dict(state)
+
+
+# real data
+
+@pytest.mark.skipif(not SHARED.exists(), reason='no real data here')
+def test_real_shards_are_found_read_and_packed(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
+    record = main(run='real', profile='tiny', data=str(SHARED), shards=-1)
+    assert record['results']['files'] == 7 and record['results']['documents'] + record['results']['val']['documents'] == 13_645
+    run = Run.open('real')
+    assert run.info['val_shard'] == 'shard_00007.parquet' and run.info['bundle'] and find_bundle(folder_root(SHARED))
+    loader = DocumentLoader(corpus_files(run), ByteTokenizer(), 8, 256)
+    for _ in range(20): batch = next(loader)
+    again = DocumentLoader(corpus_files(run), ByteTokenizer(), 8, 256)
+    again.load_state_dict(loader.state_dict())
+    assert equal(next(loader), next(again)) and batch.inputs.shape == (8, 256)

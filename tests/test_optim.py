@@ -1,0 +1,169 @@
+"""What the optimizers promise: the published formulas, the same result on any number of processes, memory divided, and a cheap step."""
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+
+from nanochat import muon
+from nanochat.common import NanochatError, compute_cleanup, compute_init
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.muon import AdamW, Muon, make_optimizers, newton_schulz, optimizer_state
+
+
+def tiny(vocab_size: int = 64, n_embd: int = 32, n_layer: int = 2) -> GPT:
+    "A model whose weights are all away from zero, so that every gradient is too"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_kv_head=1, n_embd=n_embd))
+    for p in model.parameters(): torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def largest_difference(ours, theirs, shape: tuple, steps: int = 10) -> float:
+    "How far two optimizers drift apart on the same gradients"
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(w) for w in torch.randn(1, *shape).expand(2, *shape).clone().unbind())
+    one, two = ours([a]), theirs([b])
+    for _ in range(steps):
+        a.grad = torch.randn(shape); b.grad = a.grad.clone()
+        one.step(); two.step()
+    return (a - b).abs().max().item()
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('weight_decay', [0.0, 0.1])
+def test_adamw_is_torchs(weight_decay):
+    options = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-10, weight_decay=weight_decay)
+    assert largest_difference(lambda p: AdamW(p, **options), lambda p: torch.optim.AdamW(p, **options), (32, 16)) < 1e-6
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='this torch has no Muon of its own')
+@pytest.mark.parametrize('shape', [(32, 32), (64, 32), (32, 64)], ids=['square', 'tall', 'wide'])
+def test_muon_is_torchs(shape, monkeypatch):
+    monkeypatch.setattr(muon, 'product_dtype', lambda device: torch.bfloat16)  # torch's works in this format everywhere
+    ours, theirs = (lambda p: Muon(p, lr=0.02, momentum=0.95)), (lambda p: torch.optim.Muon(p, lr=0.02, momentum=0.95, weight_decay=0, ns_steps=5))
+    assert largest_difference(ours, theirs, shape) < 2e-3
+
+
+@pytest.mark.parametrize('shape', [(24, 24), (64, 16), (16, 64)], ids=['square', 'tall', 'wide'])
+def test_newton_schulz_keeps_directions_and_evens_lengths(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape)
+    U, S, Vt = torch.linalg.svd(G, full_matrices=False)
+    inside = U.T @ newton_schulz(G, dtype=torch.float32) @ Vt.T
+    lengths = inside.diag()[S > 0.01 * S.norm()]
+    assert (inside - torch.diag(inside.diag())).abs().max() < 1e-3
+    assert 0.65 < lengths.min() and lengths.max() < 1.25
+
+
+def test_newton_schulz_of_a_stack_of_a_zero_and_of_a_transpose():
+    torch.manual_seed(0)
+    stack = torch.randn(3, 20, 8) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    together = newton_schulz(stack, dtype=torch.float32)
+    for one, G in zip(together, stack):
+        assert torch.allclose(one, newton_schulz(G, dtype=torch.float32), atol=1e-4)
+        assert torch.allclose(one.T, newton_schulz(G.T, dtype=torch.float32), atol=1e-4)
+    assert newton_schulz(torch.zeros(4, 4)).abs().max() == 0  # a matrix without a gradient does not move, and is not NaN
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+def test_every_parameter_is_in_one_group_with_its_rate():
+    model = tiny()
+    adamw, muon_ = make_optimizers(model)
+    groups = {g['name']: g for o in (adamw, muon_) for g in o.param_groups}
+    claimed = [p for g in groups.values() for p in g['params']]
+    assert {id(p) for p in claimed} == {id(p) for p in model.parameters()} and len(claimed) == len(list(model.parameters()))
+    scale = (32 / 768) ** -0.5
+    rates = {name: g['initial_lr'] for name, g in groups.items()}
+    assert rates == pytest.approx(dict(unembedding=0.004 * scale, embedding=0.2 * scale, matrices=0.02))
+    assert adamw.param_groups[0]['betas'] == (0.8, 0.95) and adamw.param_groups[0]['eps'] == 1e-10
+
+
+def test_an_unclaimed_parameter_is_refused_and_a_frozen_one_left_alone():
+    model = tiny()
+    model.lm_head.weight.requires_grad_(False)
+    assert [g['name'] for g in make_optimizers(model)[0].param_groups] == ['embedding']
+    model.gate = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(NanochatError, match='gate'): make_optimizers(model)
+
+
+def test_a_compiled_model_has_the_same_groups_and_names():
+    model = tiny()
+    optimizers = make_optimizers(torch.compile(model))
+    for p in model.parameters(): p.grad = torch.ones_like(p)
+    for optimizer in optimizers: optimizer.step()
+    names = optimizer_state(optimizers, torch.compile(model))
+    assert len(names) == 2 * 3 + 12 and not any('_orig_mod' in name for name in names)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def train_part(rank: int, world_size: int, port: int, folder: str, reduce: str, grads_reduced: bool) -> None:
+    "Five steps on this process's part of each batch; writes the weights and how much it remembers"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    muon.product_dtype = lambda device: torch.float32  # so that only the order of additions differs
+    compute = compute_init('cpu')
+    torch.set_num_threads(1)
+    model = tiny()
+    optimizers = make_optimizers(model, embedding_lr=0.01, reduce=reduce, grads_reduced=grads_reduced)
+    torch.manual_seed(1)
+    for batch in torch.randint(64, (5, 12, 17)):
+        part = batch[rank::world_size]
+        count = len(batch) if reduce == 'sum' else len(part)
+        (model(part[:, :-1], part[:, 1:], reduction='sum') / (count * 16)).backward()
+        if grads_reduced:
+            for p in model.parameters(): compute.all_reduce(p.grad)
+        for optimizer in optimizers: optimizer.step(); optimizer.zero_grad()
+    owned = sum(t.numel() for t in optimizer_state(optimizers, model).values())
+    save_file(dict(weights=torch.cat([p.detach().flatten() for p in model.parameters()]), owned=torch.tensor(owned)), f'{folder}/{world_size}_{rank}.safetensors')
+    compute_cleanup()
+
+
+def results(folder, world_size: int, reduce: str = 'sum', grads_reduced: bool = False) -> list[dict]:
+    "What each of several real processes wrote"
+    mp.spawn(train_part, (world_size, free_port(), str(folder), reduce, grads_reduced), nprocs=world_size)
+    return [load_file(folder / f'{world_size}_{rank}.safetensors') for rank in range(world_size)]
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    return results(tmp_path_factory.mktemp('alone'), 1)[0]
+
+
+@pytest.mark.parametrize('world_size, reduce, grads_reduced', [(2, 'sum', False), (2, 'mean', False), (2, 'sum', True), (3, 'sum', False)])
+def test_several_processes_end_on_the_weights_of_one(tmp_path, alone, world_size, reduce, grads_reduced):
+    parts = results(tmp_path, world_size, reduce, grads_reduced)
+    assert all(torch.equal(part['weights'], parts[0]['weights']) for part in parts)
+    assert (parts[0]['weights'] - alone['weights']).abs().max() < 2e-6
+    owned = [part['owned'].item() for part in parts]
+    assert sum(owned) == alone['owned'].item()  # nothing is remembered twice
+    assert max(owned) < 1.2 * sum(owned) / world_size
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(NanochatError, match='sum or mean'): make_optimizers(tiny(), reduce='median')
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+def test_a_step_of_a_million_parameters_is_cheap():
+    torch.set_num_threads(1)
+    model = tiny(vocab_size=1024, n_embd=128, n_layer=4)
+    for p in model.parameters(): p.grad = torch.randn_like(p)
+    optimizers, times = make_optimizers(model), []
+    for _ in range(8):
+        begin = time.process_time()
+        for optimizer in optimizers: optimizer.step()
+        times.append(time.process_time() - begin)
+    assert min(times) < 0.15  # CPU seconds on one thread; about 0.02 with bfloat16 in hardware, 0.05 without
