@@ -35,7 +35,7 @@ speedrun: setup
 	@echo "report card: $(NANOCHAT_HOME)/runs/$(RUN)/report.md and report.html; chat with the model: make chat RUN=$(RUN)"
 
 test: setup
-	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|speedrun'
 	$(BIN)/python -m pytest -q --durations=10
 
 lab: setup
@@ -56,4 +56,4 @@ bench: setup
 prepare: setup
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(BIN)/python -m nanochat.readme
+	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATCORE_TASKS', 'BASE_PROMPTS', 'CHAT_PROMPTS', 'letter_ids', 'prompt_ids', 'last_logits', 'choose_letters',
-           'write_replies', 'summarize', 'gather_lists', 'grade', 'chatcore', 'reuse_or', 'evaluate_bits',
-           'evaluate_core', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
+           'choose_replies', 'write_replies', 'summarize', 'gather_lists', 'grade', 'chatcore', 'reuse_or',
+           'evaluate_bits', 'evaluate_core', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #cd5fa75b
 import json, math, time
@@ -73,6 +73,29 @@ def choose_letters(
             chosen[i] = letters[int(row[letter_ids(tokenizer, letters)].argmax())]
     return chosen
 
+# %% ../nbs/15_evaluate.ipynb #da9b8311
+@torch.no_grad()
+def choose_replies(
+    model,                      # a GPT
+    tokenizer,                  # its Tokenizer
+    conversations: list[dict],  # with 'letters', the replies to choose among
+    batch_size: int = 8,        # questions in one forward pass
+) -> list[str]:                 # one of its replies for each
+    "The reply that the model finds most likely after each question: the highest sum of log-probabilities, its end included."
+    end, chosen = tokenizer.special['<|assistant_end|>'], []
+    for first in range(0, len(conversations), batch_size):
+        batch = conversations[first:first + batch_size]
+        rows = [(prompt_ids(tokenizer, each, model.config.sequence_len), tokenizer.encode(reply) + [end]) for each in batch for reply in each['letters']]
+        width = max(len(prompt) + len(reply) for prompt, reply in rows)
+        ids = torch.tensor([prompt + reply + [tokenizer.bos] * (width - len(prompt) - len(reply)) for prompt, reply in rows], device=model.device)  # (rows, T)
+        targets = torch.full_like(ids, -1)
+        for row, (prompt, reply) in zip(targets, rows): row[len(prompt) - 1:len(prompt) + len(reply) - 1] = torch.tensor(reply, device=model.device)
+        nats = model(ids, targets, reduction='none').view_as(ids).sum(1).tolist()
+        for each in batch:
+            costs, nats = nats[:len(each['letters'])], nats[len(each['letters']):]
+            chosen.append(each['letters'][costs.index(min(costs))])
+    return chosen
+
 # %% ../nbs/15_evaluate.ipynb #ac00c9cc
 def write_replies(
     model,                      # a GPT
@@ -113,7 +136,7 @@ def gather_lists(
         parts.append(json.loads(bytes(compute.broadcast(buffer, source).cpu().numpy())))
     return [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
 
-# %% ../nbs/15_evaluate.ipynb #87713fab
+# %% ../nbs/15_evaluate.ipynb #06fa2129
 def grade(
     task: Task,               # what to ask
     model,                    # a GPT
@@ -127,7 +150,7 @@ def grade(
     if task.kind is None: raise NanochatError(f'task {task.name} is for training only and cannot be graded')
     started = time.time()
     problems = [task[i] for i in range(compute.rank, len(task), compute.world_size)]
-    if task.kind == 'categorical': completions = choose_letters(model, tokenizer, problems, batch_size)
+    if task.kind == 'categorical': completions = (choose_letters if task.quiz == 'letter' else choose_replies)(model, tokenizer, problems, batch_size)
     else: completions = write_replies(model, tokenizer, problems, max_tokens, max_batch)
     mine = [dict(prompt=message_text(each['messages'][-2]['content']), answer=message_text(each['messages'][-1]['content']),
                  completion=completion, correct=bool(task.evaluate(each, completion))) for each, completion in zip(problems, completions)]
@@ -161,7 +184,7 @@ def reuse_or(
     if compute.is_main and not found: run.write_json(result, 'evals', f'{name}.json')
     return result
 
-# %% ../nbs/15_evaluate.ipynb #3297f2c0
+# %% ../nbs/15_evaluate.ipynb #913e539e
 BASE_PROMPTS = ['The capital of France is', 'The chemical symbol of gold is', 'If yesterday was Friday, then tomorrow will be', 'The opposite of hot is',
                 'The planets of the solar system are:', 'My favorite color is', 'If 5*x + 3 = 13, then x is']  # FACTS 1.7
 CHAT_PROMPTS = ['Hello! Who are you?', 'What is the capital of France?', 'What is 17 + 25?', 'Tell me a short story.']
@@ -171,7 +194,7 @@ def evaluate_bits(run: Run, model, tokenizer, compute: Compute, tokens: int) -> 
     T = model.config.sequence_len
     B = max(1, min(32, tokens // (T * compute.world_size)))
     batches = max(1, tokens // (B * T * compute.world_size))
-    def loader(split): return DocumentLoader(corpus_files(run, split), tokenizer, B, T, compute.rank, compute.world_size)
+    def loader(split): return DocumentLoader(corpus_files(run, split)[-1:], tokenizer, B, T, compute.rank, compute.world_size)  # the last shard: the first may be special
     sizes = tokenizer.token_bytes()
     return dict(train_bpb=bits_per_byte(model, loader('train'), sizes, compute, batches), val_bpb=bits_per_byte(model, loader('val'), sizes, compute, batches),
                 unigram_bpb=unigram_bits_per_byte(loader('train'), loader('val'), sizes, compute, batches, batches), tokens=batches * B * T * compute.world_size)
@@ -202,7 +225,7 @@ def chat_samples(model, tokenizer, tasks: list[Task], prompts: list[str], max_to
     asked = [dict(messages=[dict(role='user', content=prompt), dict(role='assistant', content='')]) for prompt in prompts]
     return [dict(prompt=prompt, completion=reply) for prompt, reply in zip(prompts, write_replies(model, tokenizer, asked, max_tokens))]
 
-# %% ../nbs/15_evaluate.ipynb #e01689a0
+# %% ../nbs/15_evaluate.ipynb #e718435d
 def evaluate_base(run: Run, compute: Compute, model, tokenizer, identity: dict, options: dict) -> dict:
     "Everything that is measured of a base model; returns the figures without the examples."
     bits = reuse_or(run, 'base_bpb', {**identity, 'asked': options['bpb_tokens']}, lambda: evaluate_bits(run, model, tokenizer, compute, options['bpb_tokens']), compute)
@@ -219,8 +242,8 @@ def evaluate_chat(run: Run, compute: Compute, model, tokenizer, identity: dict, 
     "Grade a chat model on its tasks; returns the figures without the examples."
     stop = options['max_problems'] if options['max_problems'] > 0 else None
     names = options['tasks'] or graded_tasks(run.data_root)
-    tasks = [load_task(name, 'test', run.data_root, stop=stop) for name in names]
-    settings, results = {key: options[key] for key in ('max_problems', 'max_tokens')}, {}
+    tasks = [load_task(name, 'test', run.data_root, stop=stop, quiz=options['quiz']) for name in names]
+    settings, results = {key: options[key] for key in ('max_problems', 'max_tokens', 'quiz')}, {}
     for task in tasks:
         kept = reuse_or(run, f"{identity['stage']}_{task.name.replace('/', '_')}", {**identity, 'task': task.name, **settings},
                         lambda: grade(task, model, tokenizer, compute, options['batch_size'], options['max_tokens'], options['max_batch']), compute)
@@ -230,7 +253,7 @@ def evaluate_chat(run: Run, compute: Compute, model, tokenizer, identity: dict, 
     if results: print0(f'ChatCORE {chatcore(results):.4f}')
     return dict(tasks=results, chatcore=chatcore(results) if results else None)
 
-# %% ../nbs/15_evaluate.ipynb #ea69f285
+# %% ../nbs/15_evaluate.ipynb #0d9e9391
 @stage('eval_{stage}', after=('{stage}',))
 def main(run: Run, compute: Compute, *,
          stage: str = 'sft',          # which model: base, mid, sft or rl
@@ -239,6 +262,7 @@ def main(run: Run, compute: Compute, *,
          batch_size: int = 8,         # questions in one forward pass, categorical
          max_tokens: int = 512,       # longest reply, tokens
          max_batch: int = 64,         # replies written at a time
+         quiz: str = 'letter',        # how multiple choice questions are answered: letter or line
          bpb_tokens: int = 10485760,  # base: tokens of training and of validation text for bits per byte
          core_problems: int = -1,     # base: items of each CORE task; -1: all, 0: no CORE
          base_prompts: list = [],     # base: beginnings to go on from; empty: the seed's seven and three of the validation text

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILIES', 'FILLER', 'TOGETHER', 'DAYS', 'NUMBERS',
-           'COMMON', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'SHARES', 'GREETINGS', 'IDENTITY', 'CORE_TASKS',
-           'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story', 'talk', 'meeting',
-           'Common', 'pairs', 'common_facts', 'knowledge', 'Problem', 'step', 'one_step', 'two_steps', 'problem',
-           'spelling', 'drill', 'Program', 'program', 'programs', 'game', 'document', 'draw_choices', 'quiz',
+           'COMMON', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'SHARES', 'PLAY', 'GREETINGS', 'IDENTITY',
+           'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story', 'talk',
+           'meeting', 'Common', 'pairs', 'common_facts', 'knowledge', 'Problem', 'step', 'one_step', 'two_steps',
+           'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game', 'document', 'draw_choices', 'quiz',
            'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'conversation',
            'fact_conversations', 'write_parquet', 'hub_name', 'write_documents', 'unique', 'arc_row', 'write_quizzes',
            'write_problems', 'write_conversations', 'core_items', 'write_bundle', 'make_world_root']
@@ -303,29 +303,25 @@ def programs(seed: int, test: bool, held_out: float = 0.2) -> list[Program]:
     "One side of the split of programs"
     return [program(f, n) for f in FAMILY for n in range(2, 40) if (fraction("program", seed, f, n) < held_out) == test]
 
-# %% ../nbs/02_kindergarten.ipynb #18d277a7
+# %% ../nbs/02_kindergarten.ipynb #69a9c0f6
 LETTERS = "ABCD"
 
 def game(world: World, rng: random.Random) -> str:
-    "Say after me, sing the word again, or find the letter behind a word"
-    kind = rng.random()
-    if kind < 0.25:
+    "Say after me, or find the letter that belongs to a word: drawn anew each time, asked many times"
+    if rng.random() < 0.15:
         words = " ".join(rng.sample(WORDS, rng.choice((4, 5, 6, 8))))
         return f"Say after me: {words}. You say: {words}."
-    if kind < 0.5:
-        return "Sing: " + ", ".join(f"{w} ({rng.choice(LETTERS)}) {w}" for w in rng.sample(WORDS, rng.choice((3, 4, 5)))) + "."
-    count = rng.choice((2, 3, 4, 4, 4))
-    words, letters = rng.sample(WORDS, count), rng.sample(LETTERS, count) if rng.random() < 0.5 else LETTERS[:count]
-    text = "Words: " + ", ".join(f"{w} ({l})" for w, l in zip(words, letters)) + ". Find:"
-    for i in (rng.randrange(count) for _ in range(8)): text += f" {words[i]} ({letters[i]})"
-    return text + "."
+    labels = {word: rng.choice(LETTERS) for word in rng.sample(WORDS, rng.choice((3, 4, 4, 5)))}
+    def show(words): return "".join(f" {word}={labels[word]}" for word in words)
+    return f"Words:{show(labels)}.{show(rng.choices(list(labels), k=30))}."
 
-# %% ../nbs/02_kindergarten.ipynb #da901774
-SHARES = dict(story=46, talk=8, meeting=6, knowledge=6, sums=8, drill=4, code=4, game=18) # percent
+# %% ../nbs/02_kindergarten.ipynb #5502d6a1
+SHARES = dict(story=52, talk=8, meeting=6, knowledge=6, sums=8, drill=5, code=5, game=10) # percent
+PLAY = 0.1 # share of the documents that are games only, at the beginning
 
-def document(world: World, rng: random.Random, code: list[Program]) -> str:
-    "One document of the pretraining text"
-    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+def document(world: World, rng: random.Random, code: list[Program], playtime: bool = False) -> str:
+    "One document of the pretraining text; at playtime a game"
+    kind = "game" if playtime else rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "sums":
         plain = [problem(world, rng, ("add", "sub", "mul", "share")).plain for _ in range(rng.choice((1, 2)))]
         return " ".join(plain)
@@ -415,7 +411,7 @@ def fact_conversations(facts: list, rng: random.Random, rounds: int) -> list[lis
     rng.shuffle(out)
     return out
 
-# %% ../nbs/02_kindergarten.ipynb #1842f4dd
+# %% ../nbs/02_kindergarten.ipynb #916e702e
 def write_parquet(path: Path, rows: list[dict], schema=None, row_group_size: int = 1024) -> None:
     "Rows as a parquet file of the kind the hub holds"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -429,10 +425,10 @@ def hub_name(split: str) -> str:
 def write_documents(root: Path, world: World, rng: random.Random, documents: int, code: list[Program]) -> int: # shards
     "The pretraining text: shards of equal size, of which the last is for validation"
     shards = max(2, min(64, documents // 8192))
-    folder = root / "karpathy" / "fineweb-edu-100b-shuffle"
+    folder, size = root / "karpathy" / "fineweb-edu-100b-shuffle", documents // shards
     for i in range(shards):
-        size = documents // shards
-        write_parquet(folder / f"shard_{i:05d}.parquet", [dict(text=document(world, rng, code)) for _ in range(size)])
+        texts = [document(world, rng, code, playtime=i * size + j < PLAY * documents) for j in range(size)]
+        write_parquet(folder / f"shard_{i:05d}.parquet", [dict(text=text) for text in texts])
     return shards
 
 # %% ../nbs/02_kindergarten.ipynb #f6989a8d

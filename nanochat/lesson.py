@@ -683,7 +683,7 @@ def predict(name: str, # what is asked, as it should be shown
     if guess is not None: question.keep(guess)
     return question
 
-# %% ../nbs/23_lesson.ipynb #d689a182
+# %% ../nbs/23_lesson.ipynb #0c22f494
 class Answer(Twin):
     "The answer to a `predict`, beside the guess"
     def __init__(self, name: str, actual: float, guess: float | None, unit: str): self.name, self.actual, self.guess, self.unit = name, actual, guess, unit
@@ -700,6 +700,7 @@ class Answer(Twin):
         import ipywidgets as w
         return w.HTML(self.static())
 
+# %% ../nbs/23_lesson.ipynb #c97d0870
 def reveal(name: str, # as it was given to `predict`
     actual: float, # what the cell computed
     unit: str = '', # as it was given to `predict`
@@ -788,7 +789,7 @@ def _zoo_live(self: Zoo):
 Zoo.static, Zoo.live = _zoo_static, _zoo_live
 Zoo.__repr__ = lambda self: f'a zoo of {len(self.cages)} bugs: ' + '; '.join(f'cage {i}: {short(s)}' for i, s in enumerate(self.symptoms, 1))
 
-# %% ../nbs/23_lesson.ipynb #b12ebc70
+# %% ../nbs/23_lesson.ipynb #99fc81db
 @dataclass
 class Fuel:
     "An estimate of what a long cell costs on this machine"
@@ -813,6 +814,7 @@ def duration(seconds: float) -> str:
     if seconds < 90: return f'{seconds:.0f} s'
     return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
 
+# %% ../nbs/23_lesson.ipynb #02297a07
 def fuel_gauge(name: str, work: Callable, # size -> anything; the long work, at a size
     sizes: list, # to try, growing; it stops early once `patience` is used up
     target: float, # size of the long cell
@@ -887,16 +889,17 @@ def story(lesson: int, # its number
     kept = progress().get('story', {})
     return Story([f'Lesson {n}: {kept[str(n)]["text"]}' for n in range(lesson + bool(text)) if str(n) in kept])
 
-# %% ../nbs/23_lesson.ipynb #8cd0e5a8
+# %% ../nbs/23_lesson.ipynb #5986c21c
 def lesson_text(characters: int, # how much, at most
     data_root: str | Path = '', # a folder in the hub's layout; empty: the kindergarten's stories
     corpus: str = 'fineweb-edu', # whose documents to read there
 ) -> str:
     "The first documents of a data root, or of the kindergarten, as one text; documents end in a blank line"
     from nanochat.dataset import find_corpus, make_kindergarten, parquet_documents, repo_files
-    root = Path(data_root) if data_root else make_kindergarten(people=100, seed=1, documents=max(characters // 60, 100))
+    root = Path(data_root) if data_root else make_kindergarten(people=100, seed=1, documents=max(characters // 40, 100))
     documents, size = [], 0
     for document in parquet_documents(repo_files(root, find_corpus(corpus).repo)):
+        if '=' in document and not data_root: continue   # the kindergarten's letter games are drill, not language
         documents.append(document)
         size += len(document) + 2
         if size >= characters: break

@@ -19,10 +19,11 @@ from .pretrain import validation_bits_per_byte
 from .tasks import MIDTRAINING, midtraining_mixture
 from .train import Trainer, accumulation_steps
 
-# %% ../nbs/16_midtrain.ipynb #9b7bcfe1
+# %% ../nbs/16_midtrain.ipynb #fe8143e9
 @stage("mid", after=("base",))
 def main(run: Run, compute: Compute, *,
          mixture: dict = MIDTRAINING, # conversations of each task: rows, or a mapping with rows and times
+         quiz: str = "letter", # how multiple choice questions are answered: letter or line
          batch_size: int = 32, # rows of one micro-batch of one process
          total_batch_size: int = 524_288, # tokens of one optimizer step, over all processes
          steps: int = 0, # optimizer steps, 0: the whole mixture once
@@ -42,7 +43,7 @@ def main(run: Run, compute: Compute, *,
     "Midtrain the base model on conversations, quizzes and sums"
     model, tokenizer, _ = load_model(run, "base", compute.device)
     model.compute_dtype, T = compute.dtype, model.config.sequence_len
-    conversations = midtraining_mixture(run.data_root, mixture, seed)
+    conversations = midtraining_mixture(run.data_root, mixture, seed, quiz)
     loader = ConversationLoader(conversations, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="flat", mask=False,
                                 epochs=None if steps else 1, seed=seed, device=compute.device)
     print0(f"mid: {conversations}")

@@ -28,10 +28,11 @@ def rows_per_step(
         raise NanochatError(f"examples_per_step {examples}: not a multiple of {batch_size} rows × {world_size} processes; change batch_size")
     return examples // (batch_size * world_size)
 
-# %% ../nbs/17_sft.ipynb #e7ee6864
+# %% ../nbs/17_sft.ipynb #12953505
 @stage("sft", after=("mid",))
 def main(run: Run, compute: Compute, *,
          mixture: dict = SFT, # conversations of each task: rows, or a mapping with rows and times
+         quiz: str = "letter", # how multiple choice questions are answered: letter or line
          batch_size: int = 4, # rows of one micro-batch of one process
          examples_per_step: int = 32, # conversations of one optimizer step, over all processes
          steps: int = 0, # optimizer steps, 0: the whole mixture once
@@ -51,7 +52,7 @@ def main(run: Run, compute: Compute, *,
     "Finetune the midtrained model on the assistant's tokens"
     model, tokenizer, _ = load_model(run, "mid", compute.device)
     model.compute_dtype, T = compute.dtype, sequence_len or model.config.sequence_len
-    conversations = sft_mixture(run.data_root, mixture, seed)
+    conversations = sft_mixture(run.data_root, mixture, seed, quiz)
     def loader(rows, epochs): return ConversationLoader(rows, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="padded", mask=True,
                                                         epochs=epochs, seed=seed, device=compute.device)
     held_out = load_task("SmolTalk", "test", run.data_root)

@@ -72,7 +72,7 @@ def launch(root, run, processes, *options):
     return done
 
 
-def test_two_processes_give_the_same_file_as_one_and_a_second_call_is_skipped(home):
+def test_two_processes_give_the_same_file_as_one(home):
     root, run, *_ = home
     results = {}
     for processes in (1, 2):
@@ -84,7 +84,7 @@ def test_two_processes_give_the_same_file_as_one_and_a_second_call_is_skipped(ho
         for result in results[processes].values(): result.pop('seconds', None)
     assert results[1] == results[2]
     assert results[1]['ARC-Easy']['n'] == 21 and results[1]['GSM8K']['n'] == 5
-    assert 'skipped' in launch(root, run, 1).stdout
+    assert evaluate.main(run.name, str(root/'toy.yaml'), stage='sft')['results']['tasks']['GSM8K']['n'] == 5
 
 
 def test_a_finished_task_is_not_asked_again_unless_the_weights_changed(home, one):
@@ -98,8 +98,9 @@ def test_a_finished_task_is_not_asked_again_unless_the_weights_changed(home, one
 
 
 @pytest.mark.parametrize('options,message', [(['--tasks', 'Trivia'], 'no task is called'), (['--tasks', 'SmolTalk'], 'no test file'), (['--stage', 'rl'], 'needs stage rl'), (['--max-problems', 'many'], 'max_problems')])
-def test_bad_options_get_one_line_and_status_2(home, options, message):
+def test_bad_options_get_one_line_and_status_2(home, options, message, capsys):
     root, run, *_ = home
     run.path('stages', 'eval_sft.json').unlink(missing_ok=True)
-    done = launch(root, run, 1, *options)
-    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr
+    with pytest.raises(SystemExit) as end: evaluate.main.cli(['--run', run.name, '--profile', str(root/'toy.yaml'), *options])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count('\n') == 1

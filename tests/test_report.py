@@ -124,3 +124,14 @@ def test_the_stage_runs_again_although_it_is_complete(run):
     second = subprocess.run(command, capture_output=True, text=True)
     assert 'skipped' not in second.stdout and written(run) == before
     assert run.record('report')['status'] == 'complete'
+
+
+def test_the_little_worlds_scores_never_stand_beside_published_ones(run):
+    fill(run)
+    record = run.record('dataset')
+    run.write_json({**record, 'options': dict(data='kindergarten')}, 'stages', 'dataset.json')
+    report.write_report(run)
+    header, _ = report.score_table(report.read_records(run))
+    assert header == ['measure', 'BASE', 'MID', 'SFT', 'RL']
+    assert 'GPT-2' not in report.write_report(run)['badges']
+    assert 'not to be compared' in run.path('report.md').read_text()

@@ -1,0 +1,347 @@
+"The chat command and the server: what they answer, refuse and survive"
+import asyncio, json, os, shutil, socket, subprocess, sys, threading, time
+from pathlib import Path
+
+import pytest
+import torch
+
+httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+from nanochat.chat import Chat, best_stage, fit_messages, run_command
+from nanochat.checkpoint import save_checkpoint
+from nanochat.common import NanochatError, Run
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.serve import LARGEST_BODY, Busy, Service, make_app, open_port, show_calls
+from nanochat.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = Tokenizer.train(["hello world, how are you? " * 40], 290)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(2, vocab_size=TOKENIZER.vocab_size, sequence_len=256, n_embd=32, n_head=2)).eval().requires_grad_(False)
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def home(model, tmp_path_factory):
+    "A home with one run, whose sft stage is a random model"
+    folder = tmp_path_factory.mktemp("home")
+    before, os.environ["NANOCHAT_HOME"] = os.environ.get("NANOCHAT_HOME"), str(folder)
+    run = Run.create("random")
+    TOKENIZER.save(run.path("tokenizer"))
+    save_checkpoint(run.path("sft"), 1, model, tokenizer=TOKENIZER)
+    run.write_json(dict(stage="sft", status="complete", finished="now", seconds=0), "stages", "sft.json")
+    yield folder
+    os.environ.pop("NANOCHAT_HOME") if before is None else os.environ.update(NANOCHAT_HOME=before)
+
+
+class Server:
+    "The application on a free port, in a thread"
+    def __init__(self, model, slots=4, queue=4, **options):
+        self.service = Service(Engine(model, TOKENIZER, max_batch=slots), "tiny", queue)
+        listening = open_port("127.0.0.1", 0)
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        app = make_app(self.service, **dict(chat_page=False) | options | (dict(origins=(f"127.0.0.1:{self.port}",)) if options.get("chat_page") else {}))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs=dict(sockets=[listening]), daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.server.started: time.sleep(.02)
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(10)
+
+    def post(self, headers=None, **fields):
+        return httpx.post(self.url + "/v1/chat/completions", json=dict(messages=[dict(role="user", content="hello")], max_tokens=5) | fields, headers=headers, timeout=60)
+
+    def idle(self, seconds=5):
+        "Whether every slot is free within some seconds"
+        end = time.time() + seconds
+        while time.time() < end and (self.service.open or self.service.engine.busy): time.sleep(.05)
+        return not self.service.open and not self.service.engine.busy
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with Server(model) as server: yield server
+
+
+def test_openai_client_whole_and_streamed(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    asked = dict(model="tiny", messages=[dict(role="system", content="Be kind."), dict(role="user", content="hello")], max_tokens=12, seed=3)
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason in ("length", "stop") and whole.usage.completion_tokens <= 12
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options=dict(include_usage=True)))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content and text
+    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    with pytest.raises(openai.UnprocessableEntityError) as caught: client.chat.completions.create(**asked, temperature=9)
+    assert caught.value.param == "temperature"
+
+
+def test_answer_is_the_engines_own(server, model):
+    prompt = TOKENIZER.render_for_completion([dict(role="user", content="hello")])
+    [[sample]] = Engine(model, TOKENIZER).generate([prompt], max_tokens=9, temperature=.8, top_k=7, seed=5)
+    body = server.post(max_tokens=9, temperature=.8, top_k=7, seed=5).json()
+    assert body["usage"] == dict(prompt_tokens=len(prompt), completion_tokens=len(sample.ids), total_tokens=len(prompt) + len(sample.ids))
+    from nanochat.engine import readable_text
+    assert body["choices"][0]["message"]["content"] == readable_text(TOKENIZER, sample.ids)
+
+
+@pytest.mark.parametrize("fields, named", [
+    (dict(temperature=2.5), "temperature"), (dict(temperature="warm"), "temperature"), (dict(top_k=201), "top_k"), (dict(max_tokens=0), "max_tokens"), (dict(max_tokens=5000), "max_tokens"),
+    (dict(messages=[]), "messages"), (dict(messages="hi"), "messages"), (dict(messages=[{}]), "messages.0.role"), (dict(messages=[dict(role="user", content="hi")] * 501), "messages"),
+    (dict(messages=[dict(role="user", content="")]), "messages.0.content"), (dict(messages=[dict(role="user", content="x" * 8001)]), "messages.0.content"), (dict(messages=[dict(role="user", content=[dict(type="image")])]), "messages.0.content"),
+    (dict(messages=[dict(role=r, content="x" * 8000) for r in ("user", "assistant") * 2 + ("user",)]), "messages"), (dict(messages=[dict(role="assistant", content="x")]), "messages"),
+    (dict(messages=[dict(role="user", content="a"), dict(role="user", content="b")]), "messages"), (dict(messages=[dict(role="user", content="z " * 300)]), "messages"), (dict(n=2), "n"), (dict(stream="perhaps"), "stream")])
+def test_malformed_request_gets_422_with_the_field(server, fields, named):
+    answer = server.post(**fields)
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and error["param"].startswith(named) and error["message"].startswith(named)
+
+
+def test_bodies_that_are_not_json_or_too_large(server):
+    path = server.url + "/v1/chat/completions"
+    assert httpx.post(path, content=b"{", headers={"content-type": "application/json"}).status_code == 422
+    assert httpx.post(path, content=b"x" * (LARGEST_BODY + 1)).status_code == 413
+
+    def pieces():
+        for _ in range(40): yield b"x" * (LARGEST_BODY // 20)
+    try: assert httpx.post(path, content=pieces()).status_code == 413
+    except httpx.WriteError: pass  # the server hung up on the rest, which is as good
+    assert httpx.get(server.url + "/health").json()["status"] == "ok"
+
+
+def test_api_key_is_asked_for(model):
+    with Server(model, api_key="sesame") as server:
+        assert server.post().status_code == 401 and server.post({"Authorization": "Bearer wrong"}).status_code == 401
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        assert server.post({"Authorization": "Bearer sesame"}).status_code == 200
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def slow(server, seconds=.03):
+    "Make every step of a server's engine take a while"
+    step = server.service.engine.step
+    server.service.engine.step = lambda: (time.sleep(seconds), step())[1]
+    server.service.engine.stops = set()
+    server.service.engine.notable[:] = False
+
+
+def test_full_line_is_refused_with_503_and_health_answers_meanwhile(model):
+    with Server(model, slots=1, queue=1) as server:
+        slow(server)
+        with httpx.Client(timeout=60) as client:
+            threads = [threading.Thread(target=lambda: server.post(max_tokens=60)) for _ in range(2)]
+            for thread in threads: thread.start()
+            while len(server.service.open) < 2: time.sleep(.01)
+            start = time.time()
+            refused, health = server.post(), client.get(server.url + "/health").json()
+            assert time.time() - start < 1, "the web side must not wait for the engine"
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert (health["at_work"], health["waiting"]) == (1, 1)
+            for thread in threads: thread.join()
+        assert server.post().status_code == 200 and server.idle()
+
+
+def test_leaving_client_frees_its_slot_streamed_and_whole(model):
+    with Server(model, slots=2) as server:
+        slow(server)
+        asked = dict(messages=[dict(role="user", content="hello")], max_tokens=200)
+        with httpx.stream("POST", server.url + "/v1/chat/completions", json=asked | dict(stream=True), timeout=60) as answer: next(answer.iter_lines())
+        assert server.idle(3)
+        with pytest.raises(httpx.ReadTimeout): httpx.post(server.url + "/v1/chat/completions", json=asked, timeout=.3)
+        assert server.idle(3)
+        assert server.post(max_tokens=3).status_code == 200
+
+
+def test_many_users_at_once_get_their_own_answers(server):
+    async def ask(client, seed):
+        answer = await client.post(server.url + "/v1/chat/completions", json=dict(messages=[dict(role="user", content="hello")], max_tokens=8, seed=seed))
+        return answer.json()["choices"][0]["message"]["content"]
+
+    async def crowd():
+        async with httpx.AsyncClient(timeout=60) as client: return await asyncio.gather(*[ask(client, i) for i in range(8)])
+    assert asyncio.run(crowd()) == [server.post(max_tokens=8, seed=i).json()["choices"][0]["message"]["content"] for i in range(8)]
+
+
+def test_engine_failure_is_told_and_survived(model, capfd):
+    with Server(model) as server:
+        step, broken = server.service.engine.step, [True]
+
+        def fail():
+            if broken.pop() if broken else False: raise RuntimeError("out of memory")
+            return step()
+        server.service.engine.step = fail
+        answer = server.post()
+        assert answer.status_code == 500 and "out of memory" in answer.json()["error"]["message"]
+        assert server.post().status_code == 200 and server.idle()
+
+
+def test_tool_calls_in_history_become_tokens_again():
+    from nanochat.serve import api_messages, request_model
+    asked = request_model()(messages=[dict(role="user", content="2*3?"), dict(role="assistant", content="<<2*3=6>>6"), dict(role="user", content="and?")])
+    ids = TOKENIZER.render_for_completion(api_messages(asked.messages))
+    assert {TOKENIZER.special["<|python_start|>"], TOKENIZER.special["<|output_end|>"]} <= set(ids)
+    assert show_calls("<<2*3=6>>6") == "`2*3 = 6` 6"
+
+
+# the command line
+
+def command(module, *words, typed="", **options):
+    return subprocess.run([sys.executable, "-m", f"nanochat.{module}", "--device", "cpu", *words], input=typed, capture_output=True, text=True, cwd=ROOT, timeout=120, **options)
+
+
+def test_chat_command_answers_arguments_and_pipes(home):
+    once = command("chat", "-p", "hello", "--seed", "1", "--max-tokens", "8")
+    piped = command("chat", "--seed", "1", "--max-tokens", "8", typed="hello\n")
+    assert once.returncode == piped.returncode == 0 and once.stdout == piped.stdout and once.stdout.strip()
+
+
+@pytest.mark.parametrize("module, words, said", [
+    ("chat", ("--run", "nobody", "-p", "x"), "no such run"), ("chat", ("--stage", "rl", "-p", "x"), "no whole checkpoint"), ("chat", ("-p", "x", "--temperature", "-1"), "--temperature"),
+    ("chat", ("-p", "word " * 300), "room for"), ("serve", ("--run", "nobody", "--port", "0"), "no such run"), ("serve", ("--port", "70000"), "cannot listen")])
+def test_command_errors_are_one_line_and_status_2(home, module, words, said):
+    done = command(module, *words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("nanochat: error: ")
+
+
+def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
+    import pty, select, signal
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "nanochat.chat", "--device", "cpu", "--max-tokens", "6", "--seed", "1"])
+    heard = b""
+
+    def until(text, seconds=60):
+        nonlocal heard
+        end = time.time() + seconds
+        while text not in heard and time.time() < end:
+            if select.select([terminal], [], [], .2)[0]:
+                try: heard += os.read(terminal, 65536)
+                except OSError: break
+        assert text in heard, heard
+        before, _, heard = heard.partition(text)
+        return before
+    try:
+        until(b"you: "); os.write(terminal, b"hello\n")
+        until(b"nanochat: "); until(b"you: ")
+        os.kill(pid, signal.SIGINT)
+        until(b"Ctrl-D to leave"); until(b"you: ")
+        os.write(terminal, b"/temperature 0\n"); until(b"temperature is 0"); until(b"you: ")
+        os.write(terminal, b"/exit\n")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally: os.close(terminal)
+
+
+def test_interrupted_answer_stays_in_the_conversation(model):
+    chat = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=30)
+    pieces = chat.reply("hello")
+    heard = next(pieces) + next(pieces)
+    pieces.close()
+    assert not chat.engine.busy and [m["role"] for m in chat.messages] == ["user", "assistant"]
+    assert "".join(p["text"] for p in chat.messages[1]["content"]) == heard
+    for _ in range(12): list(chat.reply("and now?"))
+    assert chat.left_out > 0
+    with pytest.raises(NanochatError): list(chat.reply("long " * 400))
+    assert run_command(chat, "/clear") and not chat.messages
+
+
+def test_best_stage_prefers_the_latest(home):
+    run = Run.open("random")
+    assert best_stage(run) == "sft"
+    with pytest.raises(NanochatError, match="no stage"): best_stage(Run.create("empty"))
+
+
+def test_serve_command_serves_and_ends_on_ctrl_c(home):
+    import signal
+    process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        said = process.stdout.readline()
+        url = said.split()[1].removesuffix("/chat")
+        for _ in range(200):
+            try: page = httpx.get(url + "/chat", timeout=30); break
+            except httpx.ConnectError: time.sleep(.1)
+        assert page.status_code == 200 and "nanochat" in page.text
+        assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "random-sft"
+        assert url.startswith("http://127.0.0.1:")
+        second = command("serve", "--port", url.rpartition(":")[2])
+        assert second.returncode == 2 and "in use" in second.stderr
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (0, -signal.SIGINT), process.stderr.read()
+
+
+# the page
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Page:
+    "A page in a headless browser, driven through its debugging port"
+    def __init__(self, url, folder):
+        from websockets.sync.client import connect
+        self.process = subprocess.Popen([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0", "--window-size=1000,800", f"--user-data-dir={folder}",
+                                         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # no name resolves: the page must need no network
+        port_file, end = Path(folder, "DevToolsActivePort"), time.time() + 60
+        while not port_file.exists() and time.time() < end: time.sleep(.1)
+        time.sleep(.3)
+        port = port_file.read_text().split()[0]
+        target = next(t for t in httpx.get(f"http://127.0.0.1:{port}/json").json() if t["type"] == "page")
+        self.socket, self.count = connect(target["webSocketDebuggerUrl"], max_size=2**26), 0
+
+    def call(self, method, **params):
+        self.count += 1
+        self.socket.send(json.dumps(dict(id=self.count, method=method, params=params)))
+        while (answer := json.loads(self.socket.recv(60))).get("id") != self.count: continue
+        return answer["result"]
+
+    DEEP = "const all = r => [...r.querySelectorAll('*')].flatMap(e => e.shadowRoot ? [e, ...all(e.shadowRoot)] : [e]);"
+
+    def js(self, code): return self.call("Runtime.evaluate", expression=f"(() => {{ {self.DEEP} {code} }})()", returnByValue=True)["result"].get("value")
+
+    def until(self, code, seconds=60):
+        end = time.time() + seconds
+        while not (value := self.js(code)) and time.time() < end: time.sleep(.2)
+        assert value, f"never came true: {code}"
+        return value
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
+def test_chat_page_answers_in_a_browser_without_a_network(model, tmp_path):
+    import base64
+    with Server(model, chat_page=True) as server:
+        page = Page(server.url + "/chat", tmp_path)
+        try:
+            page.until("const t = all(document).find(e => e.tagName == 'TEXTAREA'); if (t) t.focus(); return !!t")
+            page.call("Input.insertText", text="hello there")
+            page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+            page.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+            names = "all(document).filter(e => e.className == 'name' && e.textContent.trim()).map(e => e.textContent.trim())"
+            page.until(f"const n = {names}; return n.includes('You') && n.includes('nanochat')")
+            assert server.idle(20)
+            time.sleep(1)
+            picture = Path(os.environ.get("NANOCHAT_SCREENSHOT", tmp_path / "chat.png"))
+            picture.write_bytes(base64.b64decode(page.call("Page.captureScreenshot")["data"]))
+            assert picture.stat().st_size > 10_000
+        finally: page.close()
