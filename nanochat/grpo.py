@@ -72,7 +72,7 @@ class RolloutLoader:
     def state_dict(self) -> dict: return dict(kind="rollouts", step=self.step, seed=self.seed)
     def load_state_dict(self, state: dict) -> None: self.step = state["step"]
 
-# %% ../nbs/18_grpo.ipynb #25ad6812
+# %% ../nbs/18_grpo.ipynb #0243dae0
 from fastcore.basics import patch
 
 @patch
@@ -104,8 +104,10 @@ def roll_out(self: RolloutLoader) -> list[tuple]: # rows of rollout_row
     total, samples, informative, count, tokens = self.compute.all_reduce(sums).tolist()
     self.metrics = dict(reward=total / samples, informative=informative / count, length=tokens / samples)
     end = self.tokenizer.special["<|assistant_end|>"]
-    return [rollout_row(prompt, list(s.ids) + [end] * (s.finished == "stop"), list(s.mask) + [1] * (s.finished == "stop"), float(gain), self.sequence_len, end)
-            for prompt, group, row in zip(prompts, groups, gains) for s, gain in zip(group, row)]
+    rows = [rollout_row(prompt, list(s.ids) + [end] * (s.finished == "stop"), list(s.mask) + [1] * (s.finished == "stop"), float(gain), self.sequence_len, end)
+            for prompt, group, row in zip(prompts, groups, gains) for s, gain in zip(group, row) if gain != 0]
+    nothing = rollout_row([end, end], [], [], 0.0, self.sequence_len, end)
+    return rows + [nothing] * (gains.numel() - len(rows))
 
 @patch
 def next_batch(self: RolloutLoader) -> Batch:

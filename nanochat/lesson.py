@@ -889,7 +889,7 @@ def story(lesson: int, # its number
     kept = progress().get('story', {})
     return Story([f'Lesson {n}: {kept[str(n)]["text"]}' for n in range(lesson + bool(text)) if str(n) in kept])
 
-# %% ../nbs/23_lesson.ipynb #5986c21c
+# %% ../nbs/23_lesson.ipynb #859860ad
 def lesson_text(characters: int, # how much, at most
     data_root: str | Path = '', # a folder in the hub's layout; empty: the kindergarten's stories
     corpus: str = 'fineweb-edu', # whose documents to read there
@@ -897,9 +897,12 @@ def lesson_text(characters: int, # how much, at most
     "The first documents of a data root, or of the kindergarten, as one text; documents end in a blank line"
     from nanochat.dataset import find_corpus, make_kindergarten, parquet_documents, repo_files
     root = Path(data_root) if data_root else make_kindergarten(people=100, seed=1, documents=max(characters // 40, 100))
+    found = parquet_documents(repo_files(root, find_corpus(corpus).repo))
+    if not data_root:   # the kindergarten's letter games (dog=A) are drill, not language; and its kinds of text come one after the other
+        found = [document for document in found if '=' not in document]
+        random.Random(1).shuffle(found)
     documents, size = [], 0
-    for document in parquet_documents(repo_files(root, find_corpus(corpus).repo)):
-        if '=' in document and not data_root: continue   # the kindergarten's letter games are drill, not language
+    for document in found:
         documents.append(document)
         size += len(document) + 2
         if size >= characters: break

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'STAGES', 'PUBLISHED_D20', 'CHATCORE_TASKS', 'CURVES', 'PRICES', 'STYLE', 'read_folder', 'read_records',
-           'show_time', 'show_value', 'mean_centered', 'graded', 'scores', 'show_score', 'score_table', 'round_ticks',
-           'thin', 'curve_svg', 'sparkline', 'curves', 'hourly_price', 'totals', 'code_size', 'badges', 'md_cell',
-           'md_code', 'to_markdown', 'to_html', 'header_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip',
-           'sample_blocks', 'turned', 'example_blocks', 'report_blocks', 'page', 'write_report', 'main']
+           'show_time', 'show_value', 'mean_centered', 'graded', 'scores', 'show_score', 'is_kindergarten', 'published',
+           'published_cells', 'score_table', 'round_ticks', 'thin', 'curve_svg', 'sparkline', 'curves', 'hourly_price',
+           'totals', 'code_size', 'badges', 'md_cell', 'md_code', 'to_markdown', 'to_html', 'header_blocks',
+           'score_blocks', 'flat', 'stage_blocks', 'clip', 'sample_blocks', 'turned', 'example_blocks', 'report_blocks',
+           'page', 'write_report', 'main']
 
 # %% ../nbs/19_report.ipynb #c465d91c
 import html, json, math, re
@@ -123,23 +124,39 @@ def show_score(score: tuple | None) -> str:
     value, error = score
     return f'{value:.4f}' if error is None else f'{value:.4f} ± {error:.4f}'
 
-# %% ../nbs/19_report.ipynb #9fd8d457
+# %% ../nbs/19_report.ipynb #0e95e171
+def is_kindergarten(records: dict) -> bool:
+    "Whether the run lives in the little world, whose tasks only share name and format with the real ones."
+    dataset = records['stages'].get('dataset') or {}
+    return (dataset.get('options') or {}).get('data') == 'kindergarten' or Path(records['info'].get('data_root') or '').name.startswith('kindergarten')
+
+def published(
+    records: dict,     # of read_records
+    measure: str,      # a row of the table
+) -> dict:             # stage → score
+    "The scores of the published d20 model that may be compared with this run's."
+    if is_kindergarten(records): return {}
+    if measure == 'CORE' and len((records['evals'].get('base_CORE') or {}).get('tasks') or {}) != 22: return {}
+    if measure == 'ChatCORE' and any(set(tasks) != CHATCORE_TASKS for stage in MODELS if (tasks := graded(records, stage))): return {}
+    return PUBLISHED_D20.get(measure, {})
+
+def published_cells(scores: dict) -> list[str]:
+    "The scores of a row of the d20 columns."
+    return [f'{scores[stage]:.4f}' if stage in scores else '' for stage in MODELS]
+
 def score_table(
     records: dict,              # of read_records
 ) -> tuple[list, list[list]]:   # header, rows
-    "The table of the scores beside the published ones."
-    table = scores(records)
-    rows = []
-    for measure, row in table.items():
-        comparable = measure != 'ChatCORE' or all(set(graded(records, stage)) == CHATCORE_TASKS for stage in row)
-        published = PUBLISHED_D20.get(measure, {}) if comparable else {}
-        rows.append([measure] + [show_score(row.get(stage)) for stage in MODELS] + [f'{published[stage]:.4f}' if stage in published else '' for stage in MODELS])
-    return ['measure', *(stage.upper() for stage in MODELS), *(f'd20 {stage.upper()}' for stage in MODELS)], rows
+    "The table of the scores, with columns for the published ones if any can be compared."
+    beside = {measure: published(records, measure) for measure in scores(records)}
+    columns = [f'd20 {stage.upper()}' for stage in MODELS] if any(beside.values()) else []
+    rows = [[measure] + [show_score(row.get(stage)) for stage in MODELS] + (published_cells(beside[measure]) if columns else []) for measure, row in scores(records).items()]
+    return ['measure', *(stage.upper() for stage in MODELS), *columns], rows
 
-# %% ../nbs/19_report.ipynb #56d69eaf
+# %% ../nbs/19_report.ipynb #5a0a99e6
 def round_ticks(
     low: float, high: float,
-    count: int = 4,   # about how many
+    count: int = 5,   # about how many
 ) -> list[float]:
     "Round numbers between `low` and `high`."
     if not high > low: return [low]
@@ -237,7 +254,7 @@ def code_size(
             size['files'] += 1; size['lines'] += text.count('\n'); size['characters'] += len(text)
     return {**size, 'tokens': size['characters'] // 4}  # about four characters a token (FACTS 1.18)
 
-# %% ../nbs/19_report.ipynb #bcff87f5
+# %% ../nbs/19_report.ipynb #044104e3
 def badges(
     records: dict,       # of read_records
 ) -> list[tuple]:        # (name, rule, earned, what was found)
@@ -258,7 +275,7 @@ def badges(
         ('Tool user', 'a right answer with the calculator', bool(used_tool), ', '.join(used_tool)),
         ('Finishing school', 'finetuning improved ChatCORE', gain('ChatCORE', 'mid', 'sft'), show_score(get('ChatCORE', 'sft'))),
         ('Self-taught', 'reinforcement learning improved word problems', gain('GSM8K', 'sft', 'rl'), show_score(get('GSM8K', 'rl'))),
-        ('GPT-2', 'CORE above GPT-2 XL, 0.2565', above(get('CORE', 'base'), .2565), show_score(get('CORE', 'base'))),
+        ('GPT-2', 'CORE above GPT-2 XL, 0.2565', bool(published(records, 'CORE')) and above(get('CORE', 'base'), .2565), show_score(get('CORE', 'base'))),
         ('Speedrun', 'every stage up to the graded chat model, in under four hours', {'base', 'mid', 'sft', 'eval_sft'} <= done and total < 4 * 3600, show_time(total)),
     ]
 
@@ -313,7 +330,7 @@ def to_html(
                          + (f'<em>{esc(found)}</em>' if earned and found else '') + '</li>' for name, rule, earned, found in rest[0]) + '</ul>')
     return '\n'.join(lines)
 
-# %% ../nbs/19_report.ipynb #80644c4b
+# %% ../nbs/19_report.ipynb #bab0eb2a
 def header_blocks(records: dict) -> list[tuple]:
     "What ran, where, on which code, for how long and how much."
     info, total = records['info'], totals(records)
@@ -340,7 +357,10 @@ def score_blocks(records: dict) -> list[tuple]:
     chat = sorted({task for stage in MODELS for task in graded(records, stage)})
     blocks.append(('table', header, rows))
     blocks.append(('text', 'Accuracies are between 0 and 1, with one standard error. CORE and ChatCORE are means of centred accuracies: 0 is guessing, 1 is perfect. '
-                           + (f"ChatCORE here is the mean of {', '.join(chat)}. " if chat else '') + 'Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).'))
+                           + (f"ChatCORE here is the mean of {', '.join(chat)}. " if chat else '')
+                           + ('Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).' if len(header) > 5 else '')))
+    if is_kindergarten(records): blocks.append(('fold', "The seed's published d20 scores, on the real tasks", [('text', 'The tasks of the kindergarten share names and format with the real ones, and ask about another world: these numbers are not to be compared.'),
+                                                ('table', ['measure', *(stage.upper() for stage in MODELS)], [[measure, *published_cells(row)] for measure, row in PUBLISHED_D20.items()])]))
     core = records['evals'].get('base_CORE', {}).get('tasks')
     if core: blocks.append(('fold', f'The {len(core)} tasks of CORE', [('table', ['task', 'accuracy', 'guessing', 'centred', 'items'], [[name, f"{t['accuracy']:.4f}", f"{t['baseline'] / 100:.3f}", f"{t['centered']:.4f}", f"{t['n']:,}"] for name, t in core.items()])]))
     return blocks

@@ -136,7 +136,7 @@ def resume(self: Trainer) -> bool:
     print0(f"{self.stage}: continues from step {self.step}")
     return True
 
-# %% ../nbs/09_train.ipynb #a5425ee1
+# %% ../nbs/09_train.ipynb #01666596
 @patch(as_prop=True)
 def progress(self: Trainer) -> float: # 0 to 1
     "How far the stage has come"
@@ -155,6 +155,7 @@ def train_step(self: Trainer) -> float: # loss
     batches = [self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)]
     count, loss = count_supervised(batches, self.compute), torch.zeros((), device=self.compute.device)
     for batch in batches:
+        if not (batch.targets >= 0).any(): continue  # nothing to learn in it
         weights = torch.ones(batch.targets.shape, device=self.compute.device) if batch.weights is None else batch.weights
         part = self.forward(batch.inputs, batch.targets, weights, "sum") / count
         part.backward()

@@ -40,7 +40,7 @@ def make_model(vocab_size=257, sequence_len=64, seed=0, n_layer=2):
 def bundle(tmp_path):
     "Three tasks of ten items each about sums."
     items = dict(
-        pick=('multiple_choice', 3, 25, [dict(query=f'{i} plus 1 is', choices=[str(i + k) for k in range(4)], gold=1) for i in range(10)]),
+        pick=('multiple_choice', 3, 25, [dict(query=f'{i} plus 1 is', choices=[str(i + k)*(k + 1) for k in range(4)], gold=1) for i in range(10)]),
         match=('schema', 0, 50, [dict(context_options=[f'The sum of {i} and 1', f'The sum of {i} and 2'], continuation=f'is {i + 1}', gold=0) for i in range(10)]),
         go_on=('language_modeling', 4, 0, [dict(context=f'{i} {i + 1} ', continuation=f'{i + 2}') for i in range(10)]))
     (tmp_path/'eval_data').mkdir()

@@ -89,8 +89,11 @@ def test_validation_shard_stays_when_shards_arrive(root):
     assert val == first and len(train) == 6 and val[0] not in train
 
 def test_catalogue_validation_shard_wins_when_it_is_here(root):
+    assert split_files(root, FINEWEB)[1][0].name == 'shard_00003.parquet'
     pinned = root/FINEWEB.repo/FINEWEB.val_shard
     pinned.write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
+    write_shards(root/FINEWEB.repo, count=6)
+    (root/FINEWEB.repo/'shard_01900.parquet').write_bytes(pinned.read_bytes())
     assert split_files(root, FINEWEB)[1] == [pinned]
 
 def test_a_missing_pinned_shard_is_an_error_not_another_choice(root):
@@ -226,7 +229,7 @@ def test_union_of_ranks_is_the_single_process(files, world_size, batch_size):
 
 @pytest.mark.parametrize('split', ['rows', 'row_groups'])
 def test_documents_resume_to_the_bit_from_every_batch(files, split):
-    options = dict(split=split, rank=1, world_size=2)
+    options = dict(split=split, rank=1, world_size=2, encode_batch=3)
     loader, states, record = make(files, **options), [], []
     for _ in range(400): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
     assert loader.epoch >= 1

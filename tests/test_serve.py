@@ -115,12 +115,12 @@ def test_malformed_request_gets_422_with_the_field(server, fields, named):
 def test_bodies_that_are_not_json_or_too_large(server):
     path = server.url + "/v1/chat/completions"
     assert httpx.post(path, content=b"{", headers={"content-type": "application/json"}).status_code == 422
-    assert httpx.post(path, content=b"x" * (LARGEST_BODY + 1)).status_code == 413
 
-    def pieces():
-        for _ in range(40): yield b"x" * (LARGEST_BODY // 20)
-    try: assert httpx.post(path, content=pieces()).status_code == 413
-    except httpx.WriteError: pass  # the server hung up on the rest, which is as good
+    def refused(content):
+        try: return httpx.post(path, content=content).status_code == 413
+        except httpx.TransportError: return True  # the server hung up while the rest was still coming
+    assert refused(b"x" * (LARGEST_BODY + 1))
+    assert refused(b"x" * (LARGEST_BODY // 20) for _ in range(40)), "without a declared length"
     assert httpx.get(server.url + "/health").json()["status"] == "ok"
 
 
