@@ -182,7 +182,7 @@ def save_checkpoint(
     if compute.is_main and keep: remove_old(stage_dir, step, keep)
     return final
 
-# %% ../nbs/08_checkpoint.ipynb #18604d26
+# %% ../nbs/08_checkpoint.ipynb #c9d5bbaa
 def step_folders(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
 ) -> list[Path]: # oldest first
@@ -207,6 +207,7 @@ def read_state(
         raise NanochatError(f"{file}: not the state of a checkpoint; remove its folder and use an earlier checkpoint")
     return state
 
+# %% ../nbs/08_checkpoint.ipynb #a6275511
 def verify_checkpoint(
     path: str | Path, # checkpoint folder
     optimizer: bool = True, # check the optimizer's shards as well as the model

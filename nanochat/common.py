@@ -440,7 +440,7 @@ def stage(
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
 
-# %% ../nbs/00_common.ipynb #b0b4bcd4
+# %% ../nbs/00_common.ipynb #9b82ef34
 def stage_command(
     module: str, # module of the stage, as in pretrain
     run: str, # name of the run
@@ -449,7 +449,7 @@ def stage_command(
     **options, # the stage's options
 ) -> list[str]:
     "The command line that runs a stage"
-    start = [sys.executable, "-m"] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m"]
+    start = [sys.executable, "-m"] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
     words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
     return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
 

@@ -19,7 +19,7 @@ from .pretrain import validation_bits_per_byte
 from .tasks import MIDTRAINING, midtraining_mixture
 from .train import Trainer, accumulation_steps
 
-# %% ../nbs/16_midtrain.ipynb #fe8143e9
+# %% ../nbs/16_midtrain.ipynb #a306585d
 @stage("mid", after=("base",))
 def main(run: Run, compute: Compute, *,
          mixture: dict = MIDTRAINING, # conversations of each task: rows, or a mapping with rows and times
@@ -43,6 +43,7 @@ def main(run: Run, compute: Compute, *,
     "Midtrain the base model on conversations, quizzes and sums"
     model, tokenizer, _ = load_model(run, "base", compute.device)
     model.compute_dtype, T = compute.dtype, model.config.sequence_len
+    batch_size = max(1, min(batch_size, total_batch_size // (T * compute.world_size)))  # more processes: fewer rows each
     conversations = midtraining_mixture(run.data_root, mixture, seed, quiz)
     loader = ConversationLoader(conversations, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="flat", mask=False,
                                 epochs=None if steps else 1, seed=seed, device=compute.device)

@@ -34,7 +34,7 @@ def validation_bits_per_byte(
     loader = DocumentLoader(corpus_files(run, split), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, device=compute.device)
     return bits_per_byte(model, loader, tokenizer.token_bytes(), compute, max(1, tokens // (batch_size * sequence_len * compute.world_size)))
 
-# %% ../nbs/11_pretrain.ipynb #348ca6b7
+# %% ../nbs/11_pretrain.ipynb #f777ade9
 @stage("base", after=("dataset", "tokenizer"))
 def main(run: Run, compute: Compute, *,
          depth: int = 20, # layers; sets every other size of the model
@@ -65,6 +65,7 @@ def main(run: Run, compute: Compute, *,
          ) -> dict:
     "Pretrain a base model on documents"
     tokenizer = Tokenizer.load(run.path("tokenizer"))
+    batch_size = max(1, min(batch_size, total_batch_size // (sequence_len * compute.world_size)))  # more processes: fewer rows each
     sizes = {k: v for k, v in dict(n_embd=n_embd, n_head=n_head).items() if v}
     model = GPT(GPTConfig.from_depth(depth, tokenizer.vocab_size, sequence_len, **sizes), compute_dtype=compute.dtype).to(compute.device)
     loader = DocumentLoader(corpus_files(run), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, split=split, device=compute.device)

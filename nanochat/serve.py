@@ -238,24 +238,17 @@ class LimitBody:
         await send(dict(type="http.response.start", status=413, headers=[(b"content-type", b"application/json"), (b"connection", b"close")]))
         await send(dict(type="http.response.body", body=body))
 
-# %% ../nbs/21_serve.ipynb #e4895831
+# %% ../nbs/21_serve.ipynb #abba78e6
 async def whole_answer(job: Job, request) -> str:
     "All of a job's text; gives up when the client has left"
-    texts, pieces = [], job.pieces()
+    async def read(): return "".join([text async for text in job.pieces()])
+    reading = asyncio.ensure_future(read())
     try:
-        waiting = asyncio.ensure_future(anext(pieces, None))
-        while True:
-            await asyncio.wait([waiting], timeout=0.5)
-            if not waiting.done():
-                if await request.is_disconnected(): return ""
-                continue
-            if (text := waiting.result()) is None: return "".join(texts)
-            texts.append(text)
-            waiting = asyncio.ensure_future(anext(pieces, None))
-    finally:
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError, NanochatError, StopAsyncIteration): await waiting
-        await pieces.aclose()
+        while not reading.done():
+            await asyncio.wait([reading], timeout=0.5)
+            if not reading.done() and await request.is_disconnected(): return ""
+        return reading.result()
+    finally: reading.cancel() # which frees the slot, if it is still in use
 
 # %% ../nbs/21_serve.ipynb #8f4106db
 def make_app(
@@ -330,7 +323,7 @@ def add_routes(app, service: Service, allowed) -> None: # allowed: raises for a 
         message = dict(role="assistant", content=text)
         return answer_head(service.name, "chat.completion") | dict(choices=[dict(index=0, message=message, finish_reason=job.reason)], usage=usage(job))
 
-# %% ../nbs/21_serve.ipynb #7f4e812b
+# %% ../nbs/21_serve.ipynb #c5565458
 def show_calls(
     text: str, # with <<expression=result>>
 ) -> str: # Markdown
@@ -343,8 +336,8 @@ def chat_widget(
 ):
     "The chat as a Panel object, for a page or a notebook"
     import panel as pn
-    temperature = pn.widgets.FloatSlider(name="temperature", start=0, end=2, step=.1, value=.6, width=220)
-    length = pn.widgets.IntSlider(name="longest answer, tokens", start=16, end=512, step=16, value=256, width=220)
+    temperature = pn.widgets.FloatSlider(label="temperature", start=0, end=2, step=.1, value=.6, width=220)
+    length = pn.widgets.IntSlider(label="longest answer, tokens", start=16, end=512, step=16, value=256, width=220)
     originals = {} # what is shown → what the model wrote
 
     async def answer(contents, user, instance):

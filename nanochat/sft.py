@@ -28,7 +28,7 @@ def rows_per_step(
         raise NanochatError(f"examples_per_step {examples}: not a multiple of {batch_size} rows × {world_size} processes; change batch_size")
     return examples // (batch_size * world_size)
 
-# %% ../nbs/17_sft.ipynb #12953505
+# %% ../nbs/17_sft.ipynb #414ee8e4
 @stage("sft", after=("mid",))
 def main(run: Run, compute: Compute, *,
          mixture: dict = SFT, # conversations of each task: rows, or a mapping with rows and times
@@ -52,6 +52,7 @@ def main(run: Run, compute: Compute, *,
     "Finetune the midtrained model on the assistant's tokens"
     model, tokenizer, _ = load_model(run, "mid", compute.device)
     model.compute_dtype, T = compute.dtype, sequence_len or model.config.sequence_len
+    batch_size = max(1, min(batch_size, examples_per_step // compute.world_size))  # more processes: fewer rows each
     conversations = sft_mixture(run.data_root, mixture, seed, quiz)
     def loader(rows, epochs): return ConversationLoader(rows, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="padded", mask=True,
                                                         epochs=epochs, seed=seed, device=compute.device)

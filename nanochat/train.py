@@ -112,7 +112,7 @@ class Trainer:
         self.started, self.values = 0, {}
         self.forward = compiled(model, compute.device, compile)
 
-# %% ../nbs/09_train.ipynb #54d4ab4e
+# %% ../nbs/09_train.ipynb #864c3bb9
 from fastcore.basics import patch
 
 @patch
@@ -121,7 +121,7 @@ def save(self: Trainer) -> None:
     state = dict(stage=self.stage, num_steps=self.num_steps, tokens=self.tokens, train_seconds=round(self.seconds, 3), smooth_loss=self.smooth,
                  loader=self.loader.state_dict(), values=self.values)
     save_checkpoint(self.run.path(self.stage), self.step, self.model, self.optimizers, state, self.compute, self.tokenizer,
-                    rank_state=dict(loader=self.loader.state_dict()), keep=1)
+                    rank_state=dict(loader=self.loader.state_dict()), keep=2)
 
 @patch
 def resume(self: Trainer) -> bool:

@@ -109,15 +109,15 @@ def test_a_failing_stage_fails_the_run_with_its_own_message(copy):
 def test_two_processes_have_the_loss_curve_of_one(finished, tmp_path):
     def curve(home, run): return [json.loads(l)["loss"] for l in Path(home, "runs", run, "metrics.jsonl").read_text().splitlines() if '"loss"' in l]
     curves = []
-    for nproc, rows in ((1, 8), (2, 4)):
+    for nproc in (1, 2):
         home = tmp_path / str(nproc)
         shutil.copytree(finished / "data", home / "data")
         shutil.copytree(finished / "runs/run/tokenizer", home / "runs/run/tokenizer")
         (home / "runs/run/stages").mkdir()
         for name in ("dataset", "tokenizer"): shutil.copy(finished / f"runs/run/stages/{name}.json", home / "runs/run/stages")
         shutil.copy(finished / "runs/run/run.json", home / "runs/run/run.json")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "nanochat.pretrain", "--run", "run", "--profile", "tiny",
-                   "--dtype", "float32", "--batch-size", str(rows), "--steps", "25"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "--", "nanochat.pretrain", "--run", "run", "--profile", "tiny",
+                   "--dtype", "float32", "--steps", "25"]
         done = subprocess.run(command, cwd=ROOT, env=environment(home) | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         curves.append(curve(home, "run"))
