@@ -241,6 +241,7 @@ def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
     try:
         until(b"you: "); os.write(terminal, b"hello\n")
         until(b"nanochat: "); until(b"you: ")
+        time.sleep(.5)  # input() does not see a signal that comes while it is still setting up
         os.kill(pid, signal.SIGINT)
         until(b"Ctrl-D to leave"); until(b"you: ")
         os.write(terminal, b"/temperature 0\n"); until(b"temperature is 0"); until(b"you: ")
@@ -336,13 +337,19 @@ def test_chat_page_answers_in_a_browser_without_a_network(model, tmp_path):
         page = Page(server.url + "/chat", tmp_path)
         try:
             page.until("const t = all(document).find(e => e.tagName == 'TEXTAREA'); if (t) t.focus(); return !!t")
-            page.call("Input.insertText", text="hello there")
-            page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
-            page.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+            prompts, submit = [], server.service.submit
+            server.service.submit = lambda prompt, **options: (prompts.append(prompt), submit(prompt, **options | dict(max_tokens=12)))[1]
             names = "all(document).filter(e => e.classList.contains('name')).map(e => (e.shadowRoot || e).textContent.trim())"
-            page.until(f"const n = {names}; return n.some(x => x.endsWith('You')) && n.some(x => x.endsWith('nanochat'))")
-            assert server.idle(20)
-            time.sleep(1)
+            for turn, text in enumerate(("hello there", "and again"), 1):
+                page.until("const t = all(document).find(e => e.tagName == 'TEXTAREA' && !e.disabled); if (t) t.focus(); return !!t")
+                page.call("Input.insertText", text=text)
+                page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+                page.call("Input.dispatchKeyEvent", type="keyUp", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+                page.until(f"const n = {names}; return n.filter(x => x.endsWith('You')).length == {turn} && n.filter(x => x.endsWith('nanochat')).length == {turn}")
+                assert server.idle(20)
+                time.sleep(1)
+            said = TOKENIZER.decode(prompts[1])
+            assert len(prompts) == 2 and said.count("<|user_start|>") == 2 and said.count("<|assistant_end|>") == 1 and "makes things up" not in said, said
             picture = Path(os.environ.get("NANOCHAT_SCREENSHOT", tmp_path / "chat.png"))
             picture.write_bytes(base64.b64decode(page.call("Page.captureScreenshot")["data"]))
             assert picture.stat().st_size > 10_000
