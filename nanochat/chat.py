@@ -90,7 +90,7 @@ class Chat:
             tokens.close()
             self.messages += [asked, dict(role="assistant", content=tool_parts("".join(heard)))]
 
-# %% ../nbs/20_chat.ipynb #4cdfc29d
+# %% ../nbs/20_chat.ipynb #c09867a4
 def _set_temperature(chat: Chat, argument: str) -> str:
     "X  sample with temperature X, from 0 (the likeliest token) to 2"
     try: value = float(argument)
@@ -122,6 +122,7 @@ def _help(chat: Chat, argument: str) -> str:
     pairs = [(f"/{name} {usage}", text) for name, function in COMMANDS.items() for usage, _, text in [function.__doc__.partition("  ")]]
     return "\n".join(f"{usage:<16}{text.strip()}" for usage, text in [*pairs, ("/exit", "leave, like Ctrl-D"), ("Ctrl-C", "stop an answer")])
 
+# %% ../nbs/20_chat.ipynb #a44d79b3
 COMMANDS = {"temperature": _set_temperature, "top-k": _set_top_k, "clear": _clear, "save": _save, "help": _help}
 
 def run_command(

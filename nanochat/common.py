@@ -6,8 +6,8 @@
 __all__ = ['NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device', 'pick_dtype',
            'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup', 'print0', 'profiles_dir',
            'list_profiles', 'load_profile', 'describe_machine', 'git_state', 'now', 'Run', 'stage_options',
-           'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'stage_command', 'launch',
-           'parse_override']
+           'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'stage_command',
+           'die_with_parent', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #5ae1b90a
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, inspect, json, os, platform, sys, time, traceback
@@ -302,7 +302,7 @@ def metrics(self: Run, stage: str | None = None) -> list[dict]:
     order = list(dict.fromkeys(s for s, _ in newest))
     return sorted(newest.values(), key=lambda e: (order.index(e["stage"]), e["step"]))
 
-# %% ../nbs/00_common.ipynb #daf2ec95
+# %% ../nbs/00_common.ipynb #2b221c62
 @patch
 def record(self: Run, stage: str) -> dict | None:
     "The record of a complete stage, or None"
@@ -318,10 +318,13 @@ def stages(self: Run) -> list[str]:
 def lock(self: Run):
     "Hold the run for this process; raises `NanochatError` if another one holds it"
     with open(self.path(".lock"), "a+") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            f.seek(0)
-            raise NanochatError(f"run '{self.name}': in use by process {f.read().strip() or 'unknown'}; wait for it or choose another --run") from error
+        for attempt in range(12): # 3 seconds: a killed run's last process may need a moment to go
+            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except OSError as error:
+                if attempt == 11:
+                    f.seek(0)
+                    raise NanochatError(f"run '{self.name}': in use by process {f.read().strip() or 'unknown'}; wait for it or choose another --run") from error
+            time.sleep(0.25)
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         try: yield
         finally: f.truncate(0)
@@ -440,7 +443,7 @@ def stage(
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
 
-# %% ../nbs/00_common.ipynb #9b82ef34
+# %% ../nbs/00_common.ipynb #7d84a53e
 def stage_command(
     module: str, # module of the stage, as in pretrain
     run: str, # name of the run
@@ -452,6 +455,11 @@ def stage_command(
     start = [sys.executable, "-m"] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
     words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
     return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
+
+def die_with_parent() -> None:
+    "On Linux, ask the kernel to kill this process when the one that started it dies"
+    PR_SET_PDEATHSIG, SIGKILL = 1, 9  # sys/prctl.h
+    if sys.platform.startswith("linux"): ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
 
 def launch(
     module: str, # module of the stage, as in pretrain
@@ -465,7 +473,8 @@ def launch(
     command = stage_command(module, run, profile, nproc, **options)
     print("$ " + " ".join(["torchrun", *command[3:]] if nproc > 1 else ["python", *command[1:]]), flush=True)
     errors, failed = [], False
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent,
+                          env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:
         for line in process.stdout:
             if line.startswith("nanochat: error: "): errors.append(line.removeprefix("nanochat: error: ").strip())
             elif not errors: print(line, end="", flush=True)  # after the message there is only torchrun's own account of it

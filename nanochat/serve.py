@@ -8,9 +8,11 @@ __all__ = ['MOST_MESSAGES', 'LONGEST_MESSAGE', 'LONGEST_CONVERSATION', 'LARGEST_
            'make_app', 'add_routes', 'show_calls', 'chat_widget', 'mount_page', 'widget', 'build_parser', 'open_port',
            'main']
 
-# %% ../nbs/21_serve.ipynb #a5e7cd7b
+# %% ../nbs/21_serve.ipynb #c9b2be4b
 import argparse, asyncio, contextlib, hmac, json, os, re, secrets, socket, sys, threading, time, traceback, uuid
 from typing import AsyncIterator, Literal
+
+from fastcore.basics import patch
 
 from .chat import STAGES, fit_messages, open_engine
 from .common import NanochatError, in_notebook
@@ -49,7 +51,7 @@ class Job:
                 if text: yield text
         finally: self.service.cancel(self)
 
-# %% ../nbs/21_serve.ipynb #61b732c7
+# %% ../nbs/21_serve.ipynb #544e186f
 class Service:
     "An engine in a thread of its own, shared by all requests"
     def __init__(
@@ -87,15 +89,14 @@ class Service:
             self.wake.notify()
         return job
 
-    def cancel(self, job: Job) -> None:
-        "Forget a request; nothing happens if it is done"
-        with self.wake:
-            if job not in self.open: return
-            self.open.discard(job); self.left.append(job)
-            self.wake.notify()
-
-# %% ../nbs/21_serve.ipynb #2126cff8
-from fastcore.basics import patch
+# %% ../nbs/21_serve.ipynb #63ed7be1
+@patch
+def cancel(self: Service, job: Job) -> None:
+    "Forget a request; nothing happens if it is done"
+    with self.wake:
+        if job not in self.open: return
+        self.open.discard(job); self.left.append(job)
+        self.wake.notify()
 
 @patch
 def work(self: Service) -> None:

@@ -46,7 +46,13 @@ def split_expression(
         else: raise _Refused(f"character {c!r}")
     return pieces
 
-# %% ../nbs/13_tools.ipynb #73cdc843
+# %% ../nbs/13_tools.ipynb #b9d38ded
+def _bounded(value: Fraction) -> Fraction:
+    "The value, unless it is too large"
+    if abs(value) > LARGEST_VALUE: raise _Refused("too large")
+    return value
+
+# %% ../nbs/13_tools.ipynb #d40f2daa
 class _Reader:
     "Reads pieces from left to right; one method for each level of binding"
     def __init__(self, pieces): self.pieces, self.depth = pieces + [("end", "")], 0
@@ -67,14 +73,14 @@ class _Reader:
     def total(self):
         value = self.product()
         while sign := self.take("operator", "+-"): value = value + self.product() if sign == "+" else value - self.product()
-        return self.bounded(value)
+        return _bounded(value)
 
     def product(self):
         value = self.factor()
         while sign := self.take("operator", "*/"):
             other = self.factor()
             if sign == "/" and other == 0: raise _Refused("division by zero")
-            value = self.bounded(value * other if sign == "*" else value / other)
+            value = _bounded(value * other if sign == "*" else value / other)
         return value
 
     def factor(self):
@@ -87,10 +93,6 @@ class _Reader:
             value = Fraction(text.count(part))
         else: value = self.need("number")
         self.depth -= 1
-        return value
-
-    def bounded(self, value):
-        if abs(value) > LARGEST_VALUE: raise _Refused("too large")
         return value
 
 # %% ../nbs/13_tools.ipynb #8ff94bc9

@@ -2,6 +2,7 @@
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,14 @@ def stage(home, module, *words, run="run", profile="tiny"):
     "Run one stage as a command"
     command = [sys.executable, "-m", f"nanochat.{module}", "--run", run, "--profile", profile, *words]
     return subprocess.run(command, cwd=ROOT, env=environment(home), capture_output=True, text=True)
+
+
+def kill_all(home):
+    "kill -9 for every process that works in this home: the kernel is in a session of its own"
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("NANOCHAT_HOME") == str(home): process.kill()
+        except psutil.Error: continue
 
 
 def records(home, run):
@@ -87,7 +96,7 @@ def test_kill_9_at_any_moment_and_the_same_command_finish_with_the_same_weights(
         time.sleep(rng.uniform(8, seconds * 0.6))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+        kill_all(tmp_path)
         for name, record in records(tmp_path, "run").items(): kept.setdefault(name, record)
     done = subprocess.run(speedrun(tmp_path, "run"), cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
