@@ -359,7 +359,7 @@ def build_parser(func, stage_name: str) -> argparse.ArgumentParser:
                             help=f"{option['help']} (default: {option['default']})".replace("%", "%%"), **flag)
     return parser
 
-# %% ../nbs/00_common.ipynb #f45380ad
+# %% ../nbs/00_common.ipynb #36eb2e37
 def resolve_options(func, section: str, profile: dict, given: dict) -> dict:
     "Option values of a stage: given ones over the profile's over the defaults; raises `NanochatError` for an unknown option"
     options = stage_options(func)
@@ -382,8 +382,8 @@ class Stage:
         settings = load_profile(profile)
         values = resolve_options(self.func, self.section, settings, given)
         name = self.name.format(**values)
-        compute = compute_init(settings["stages"].get("all", {}).get("device", "auto") if "device" not in values else values["device"],
-                               settings["stages"].get("all", {}).get("dtype", "auto") if "dtype" not in values else values["dtype"], values.get("seed", 42))
+        where = dict(device="auto", dtype="auto", seed=42) | (settings["stages"].get("all") or {}) | values
+        compute = compute_init(where["device"], where["dtype"], where["seed"])
         try: return self.execute(run, profile, name, values, compute)
         finally: compute_cleanup()
 
