@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device', 'pick_dtype',
-           'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup', 'print0', 'profiles_dir',
-           'list_profiles', 'load_profile', 'describe_machine', 'git_state', 'now', 'Run', 'stage_options',
-           'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'stage_command',
-           'die_with_parent', 'launch', 'parse_override']
+           'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup', 'leave_now', 'print0',
+           'profiles_dir', 'list_profiles', 'load_profile', 'describe_machine', 'git_state', 'now', 'Run',
+           'stage_options', 'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage',
+           'stage_command', 'die_with_parent', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #5ae1b90a
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, inspect, json, os, platform, sys, time, traceback
@@ -129,7 +129,7 @@ class Compute:
         "Wait until every process has come here"
         if self.world_size > 1: dist.barrier()
 
-# %% ../nbs/00_common.ipynb #9c566a9e
+# %% ../nbs/00_common.ipynb #65b88a13
 def get_dist_info() -> tuple[int, int, int]:
     "Rank, local rank and world size, from the variables that `torchrun` sets"
     return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -159,6 +159,11 @@ def compute_init(
 def compute_cleanup() -> None:
     "Leave the process group, if there is one"
     if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
+def leave_now(status: int = 0) -> None: # status: of the process
+    "End one of several processes without the interpreter's tear-down: a thread of gloo's that still holds a tensor then aborts the process"
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(status)
 
 def print0(*values, **kwargs) -> None:
     "Print in the main process only, at once"
@@ -413,7 +418,7 @@ def execute(self: Stage, run_name: str, profile: str, name: str, values: dict, c
         compute.barrier()
         return record
 
-# %% ../nbs/00_common.ipynb #0023b21e
+# %% ../nbs/00_common.ipynb #3e08492a
 def in_notebook() -> bool:
     "Whether this code runs in a notebook's kernel"
     return "ipykernel" in sys.modules or "execnb" in sys.modules
@@ -425,15 +430,18 @@ def cli(self: Stage, argv: list[str] | None = None) -> None: # argv: words of th
     words = vars(build_parser(self.func, self.section).parse_args(argv))
     run, profile, debug = words.pop("run"), words.pop("profile"), words.pop("debug")
     options = stage_options(self.func)
+    status = 0
     try: self(run, profile, **{k: parse_value(k, v, options[k]["kind"]) for k, v in words.items() if v is not None})
     except NanochatError as error:
         if debug: traceback.print_exc()
         print(f"nanochat: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         print("nanochat: error: the disk is full; free some space and run the same command again", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
+    if get_dist_info()[2] > 1: leave_now(status)
+    if status: sys.exit(status)
 
 def stage(
     name: str, # name of the stage and of its record; may hold an option, as in eval_{stage}

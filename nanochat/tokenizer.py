@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'LONG_TEXT', 'PART_TOKENS', 'SAMPLES', 'count_pairs', 'merge', 'merges_to_ranks',
-           'TokenView', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'bytes_per_token', 'token_lengths',
-           'reference_encoding', 'check_messages', 'compression', 'read_documents', 'main']
+           'TokenView', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'well_formed', 'bytes_per_token',
+           'token_lengths', 'reference_encoding', 'check_messages', 'compression', 'read_documents', 'main']
 
 # %% ../nbs/01_tokenizer.ipynb #a2e30478
 import base64, hashlib, heapq, html, json, os, time, warnings
@@ -128,7 +128,7 @@ SPECIAL_TOKENS = [
     "<|output_start|>", "<|output_end|>",        # around what the tool returned
 ]
 
-# %% ../nbs/01_tokenizer.ipynb #79eb9e75
+# %% ../nbs/01_tokenizer.ipynb #8d6f3a2b
 class Tokenizer:
     "Text to token ids and back, and conversations to ids with a loss mask"
     def __init__(
@@ -141,6 +141,7 @@ class Tokenizer:
         self.special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special,
                                           explicit_n_vocab=len(ranks) + len(special_tokens))
+        self.encoder = rustbpe.Encoder(list(self.ranks), pattern) if rustbpe else None
 
     def __repr__(self): return f"Tokenizer({self.vocab_size:,} tokens)"
 
@@ -168,9 +169,28 @@ def train(
     merges = rustbpe.train(texts, 256 + num_merges) if rustbpe else train_bpe(texts, num_merges)
     return cls(merges_to_ranks(merges))
 
-# %% ../nbs/01_tokenizer.ipynb #ba9d358e
+# %% ../nbs/01_tokenizer.ipynb #e64ca2ba
 LONG_TEXT = 400_000  # characters; within tiktoken's regex engine a run of white space may not reach 1,000,000
 
+def well_formed(text: str) -> str: # the text with U+FFFD in place of every half of a surrogate pair, which is no character
+    "A text that can be written as UTF-8; tiktoken does the same"
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+@patch
+def _encode_with_tiktoken(self: Tokenizer, text: str) -> list[int]:
+    "Ids of one text; a very long one is cut into chunks first"
+    if len(text) <= LONG_TEXT: return self.encoding.encode_ordinary(text)
+    return [i for chunk in regex.findall(self.pattern, well_formed(text)) for i in self.encoding._encode_single_piece(chunk)]
+
+@patch
+def _encode_ordinary(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+    "Ids of several texts"
+    if not self.encoder: return [self._encode_with_tiktoken(text) for text in texts]
+    threads = min(4, os.cpu_count() or 1) if sum(map(len, texts)) > 100_000 else 1
+    try: return self.encoder.encode_batch(texts, threads=threads)
+    except UnicodeEncodeError: return self.encoder.encode_batch([well_formed(text) for text in texts], threads=threads)
+
+# %% ../nbs/01_tokenizer.ipynb #902e20a4
 @patch
 def encode(
     self: Tokenizer,
@@ -180,17 +200,9 @@ def encode(
 ) -> list[int] | list[list[int]]:
     "Token ids; a text never yields a special token, whatever it says"
     before, after = ([] if t is None else [self.special[t] if isinstance(t, str) else t] for t in (prepend, append))
-    if isinstance(text, str): return before + self._encode_ordinary(text) + after
-    if len(text) < 32 or max(map(len, text)) > LONG_TEXT: lists = map(self._encode_ordinary, text)
-    else: lists = self.encoding.encode_ordinary_batch(text, num_threads=min(8, os.cpu_count() or 1))
-    return [before + ids + after for ids in lists]
-
-@patch
-def _encode_ordinary(self: Tokenizer, text: str) -> list[int]:
-    "Ids of one text; a very long one is cut into chunks first"
-    if len(text) <= LONG_TEXT: return self.encoding.encode_ordinary(text)
-    chunks = regex.findall(self.pattern, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    return [i for chunk in chunks for i in self.encoding._encode_single_piece(chunk)]
+    lists = self._encode_ordinary([text] if isinstance(text, str) else list(text))
+    if before or after: lists = [before + ids + after for ids in lists]
+    return lists[0] if isinstance(text, str) else lists
 
 @patch
 def decode_bytes(self: Tokenizer, ids: list[int]) -> bytes:

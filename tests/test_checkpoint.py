@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from nanochat.checkpoint import (last_checkpoint, load_checkpoint, load_model, read_rank_state, read_tensors, save_checkpoint, shard_name,
                                  step_folders)
-from nanochat.common import NanochatError, Run, compute_cleanup, compute_init
+from nanochat.common import NanochatError, Run, compute_cleanup, compute_init, leave_now
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import make_optimizers, optimizer_state
 from nanochat.tokenizer import Tokenizer
@@ -219,7 +219,7 @@ def work(rank: int, world_size: int, port: int, folder: str, job: str) -> None:
         state = load_checkpoint(last_checkpoint(folder), model, optimizers)
         assert state['rank_state'] is None
         save_checkpoint(folder, 3, model, optimizers, compute=compute)
-    compute_cleanup()
+    compute_cleanup(); leave_now()
 
 
 def processes(world_size: int, folder, job: str) -> None:

@@ -159,14 +159,14 @@ def test_two_processes_measure_what_one_does(bundle, tmp_path):
     script.write_text(f'''
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import json
-from nanochat.common import compute_cleanup, compute_init
+from nanochat.common import compute_cleanup, compute_init, leave_now
 from test_core import *
 compute = compute_init(device='cpu', dtype='float32')
 model, batches = make_model(), make_batches(6)
 bpb = bits_per_byte(model, batches[compute.rank::compute.world_size], [1]*256 + [0], compute)
 core = evaluate_core(model, ByteTokenizer(), {str(bundle)!r}, compute)
 if compute.is_main: print(json.dumps([bpb, core['core'], [task['n'] for task in core['tasks'].values()]]))
-compute_cleanup()
+compute_cleanup(); leave_now()
 ''')
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'NANOCHAT_HOME': str(tmp_path/'home')}
     outputs = []

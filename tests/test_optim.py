@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat import muon
-from nanochat.common import Compute, NanochatError, compute_cleanup, compute_init
+from nanochat.common import Compute, NanochatError, compute_cleanup, compute_init, leave_now
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import AdamW, Muon, make_optimizers, newton_schulz, optimizer_state
 
@@ -135,7 +135,7 @@ def process(rank: int, world_size: int, port: int, folder: str) -> None:
     compute = compute_init('cpu')
     torch.set_num_threads(1)
     for variant in VARIANTS: save_file(train_part(compute, variant), f'{folder}/{variant}_{rank}.safetensors')
-    compute_cleanup()
+    compute_cleanup(); leave_now()
 
 
 @pytest.mark.parametrize('world_size', [2, 3])

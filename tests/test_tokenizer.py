@@ -148,21 +148,78 @@ def test_an_error_in_the_iterator_comes_through():
 
 # --- encoding
 
-def test_ids_equal_tiktoken_and_the_naive_encoder(tokenizer, texts):
-    reference = tiktoken.Encoding("reference", pat_str=SPLIT_PATTERN, mergeable_ranks=tokenizer.ranks, special_tokens={})
-    for text in texts[:60] + random_texts(200):
-        ids = tokenizer.encode(text)
+LANGUAGES = dict(
+    english="It wasn't the first time they'd've met; I'M SURE.", korean="오늘 아침에는 비가 내렸지만", chinese="今天天气很好，我们去公园散步吧。", japanese="東京タワーは１９５８年に",
+    russian="Съешь же ещё этих мягких французских булок", arabic="اللغة العربية جميلة ١٢٣", hindi="हिन्दी में लिखा हुआ पाठ", thai="ภาษาไทยไม่มีช่องว่าง",
+    greek="Ελληνικά, ΑΒΓ ς", vietnamese="Tiếng Việt có dấu", german="Größe, Straße, ÄÖÜ", hebrew="שלום עולם", code="def f(x):\n\treturn x**2 # 你好\r\n\r\n    pass\n",
+    emoji="👩‍👩‍👧‍👦🏳️‍🌈 ok👍🏽!!", latex=r"$\int_0^\infty e^{-x^2}\,dx = \frac{\sqrt{\pi}}{2}$")
+
+
+@pytest.fixture(params=["rustbpe", "tiktoken"])
+def encoder(request, tokenizer, monkeypatch):
+    "The tokenizer with the crate's encoder, and without"
+    if request.param == "tiktoken": monkeypatch.setattr(tokenizer, "encoder", None)
+    return tokenizer
+
+
+def test_ids_equal_tiktoken_and_the_naive_encoder(encoder, texts):
+    reference = tiktoken.Encoding("reference", pat_str=SPLIT_PATTERN, mergeable_ranks=encoder.ranks, special_tokens={})
+    for text in texts[:60] + random_texts(200) + list(LANGUAGES.values()):
+        ids = encoder.encode(text)
         assert ids == reference.encode_ordinary(text)
-        assert ids == [i for chunk in regex.findall(SPLIT_PATTERN, text) for i in encode_chunk(chunk.encode(), tokenizer.ranks)]
-        assert tokenizer.decode(ids) == text
+        assert ids == [i for chunk in regex.findall(SPLIT_PATTERN, text) for i in encode_chunk(chunk.encode(), encoder.ranks)]
+        assert encoder.decode(ids) == text
 
 
-def test_a_list_gives_what_single_texts_give(tokenizer, texts):
-    for some in (texts[:3], texts[:100], []): assert tokenizer.encode(some) == [tokenizer.encode(text) for text in some]
-    assert tokenizer.encode(["a"], prepend="<|bos|>", append=5) == [[tokenizer.bos, *tokenizer.encode("a"), 5]]
+def test_the_crate_encodes_what_tiktoken_encodes_on_random_unicode(tokenizer):
+    draw = random.Random(3)
+    def character(): return chr(draw.choice((draw.randrange(128), draw.randrange(0x800), draw.randrange(0xD800), draw.randrange(0xE000, 0x110000))))
+    for size in (1, 3, 15, 16, 17, 60, 300) * 60:
+        text = "".join(character() for _ in range(draw.randrange(size + 1)))
+        noise = draw.randbytes(size).decode("utf-8", "replace")
+        for some in (text, noise): assert tokenizer.encoder.encode(some) == tokenizer.encoding.encode_ordinary(some)
 
 
-def test_user_text_never_yields_a_special_token(tokenizer):
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_the_crate_encodes_with_published_vocabularies(name, texts, monkeypatch):
+    folder = DATA.parent / "tokenizers" / "tiktoken_cache"
+    if not folder.is_dir(): pytest.skip("no published vocabularies beside the project")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    published = tiktoken.get_encoding(name)
+    ranks = published._mergeable_ranks
+    assert sorted(ranks.values()) == list(range(len(ranks)))
+    encoder = rustbpe.Encoder(sorted(ranks, key=ranks.get), published._pat_str)
+    for text in texts[:20] + random_texts(50) + list(LANGUAGES.values()): assert encoder.encode(text) == published.encode_ordinary(text)
+
+
+def test_an_encoder_in_many_threads_gives_what_it_gives_in_one(tokenizer, texts):
+    from concurrent.futures import ThreadPoolExecutor
+    expected = [tokenizer.encode(text) for text in texts[:40]]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tokenizer.encode, texts[:40] * 5)) == expected * 5
+    for threads in (1, 2, 3, 50): assert tokenizer.encoder.encode_batch(texts[:40], threads=threads) == expected
+
+
+def test_flat_ids_are_those_of_the_lists(tokenizer, texts):
+    import numpy as np
+    ids, counts = (np.frombuffer(part, np.uint32) for part in tokenizer.encoder.encode_flat(texts[:40] + [""], prepend=9, threads=2))
+    assert [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])] == [[9] + tokenizer.encode(text) for text in texts[:40] + [""]]
+
+
+def test_an_encoder_refuses_a_vocabulary_without_all_bytes_or_with_a_token_twice():
+    tokens = [bytes([i]) for i in range(256)]
+    with pytest.raises(ValueError, match="no token for byte 255"): rustbpe.Encoder(tokens[:255])
+    with pytest.raises(ValueError, match="same bytes"): rustbpe.Encoder(tokens + [b"a"])
+    with pytest.raises(ValueError, match="split pattern"): rustbpe.Encoder(tokens, "(")
+
+
+def test_a_list_gives_what_single_texts_give(encoder, texts):
+    for some in (texts[:3], texts[:100], []): assert encoder.encode(some) == [encoder.encode(text) for text in some]
+    assert encoder.encode(["a"], prepend="<|bos|>", append=5) == [[encoder.bos, *encoder.encode("a"), 5]]
+
+
+def test_user_text_never_yields_a_special_token(encoder):
+    tokenizer = encoder
     text = "".join(SPECIAL_TOKENS) + " <|bos|><|user_start|>"
     assert max(tokenizer.encode(text)) < len(tokenizer.ranks)
     messages = [dict(role="user", content=text), dict(role="assistant", content=text)]
@@ -170,7 +227,8 @@ def test_user_text_never_yields_a_special_token(tokenizer):
     assert [i for i in ids if i >= len(tokenizer.ranks)] == [tokenizer.special[f"<|{n}|>"] for n in ("bos", "user_start", "user_end", "assistant_start", "assistant_end")]
 
 
-def test_long_runs_and_lone_surrogates_do_not_end_the_process(tokenizer):
+def test_long_runs_and_lone_surrogates_do_not_end_the_process(encoder):
+    tokenizer = encoder
     for text in (" " * 1_000_000, "\n" * 1_000_000, " \n" * 500_000 + "x", "a" * 500_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode(tokenizer.encode("\ud800")) == tokenizer.decode(tokenizer.encode("\ud800" + "a" * 500_000))[:1] == "\ufffd"
@@ -179,6 +237,7 @@ def test_long_runs_and_lone_surrogates_do_not_end_the_process(tokenizer):
 def test_long_texts_get_the_same_ids(tokenizer, texts, monkeypatch):
     text = "".join(texts)[:50_000]
     expected = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer, "encoder", None)
     monkeypatch.setattr(module, "LONG_TEXT", 1000)
     assert tokenizer.encode(text) == expected and tokenizer.encode([text] * 33)[7] == expected
 

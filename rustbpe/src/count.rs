@@ -3,18 +3,16 @@
 //! A language repeats itself (10.6 million chunks of a 50 MB text are 185 thousand distinct ones), so
 //! everything after this step works on the distinct chunks, each with its count.
 
+use crate::key::{chunk_key, hash};
 use crate::split::Splitter;
 use std::collections::HashMap;
 
-/// Texts one after the other, with `TAIL` zero bytes behind the last one when counting starts.
+/// Texts one after the other.
 #[derive(Default)]
 pub struct Batch {
     text: String,
     ends: Vec<usize>,
 }
-
-/// A chunk is read with one 16-byte load, which may reach past the end of the text.
-const TAIL: &str = "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 impl Batch {
     pub fn push(&mut self, text: &str) {
@@ -31,9 +29,8 @@ impl Batch {
     }
 }
 
-/// One thread's counts. Nearly all chunks have at most 15 bytes: these are keys of 16 bytes (the chunk,
-/// zeros, its length in the last byte) that lie in the table itself, next to their count.
-/// So a hit costs one cache line and no pointer is followed.
+/// One thread's counts. Nearly all chunks have at most 15 bytes: these are keys (see `key.rs`) that lie
+/// in the table itself, next to their count. So a hit costs one cache line and no pointer is followed.
 pub struct Counts {
     short: Vec<(u128, u64)>, // open addressing, key 0 = free
     used: usize,
@@ -46,39 +43,25 @@ impl Default for Counts {
     }
 }
 
-#[inline(always)]
-fn short_key(padded: &[u8], start: usize, length: usize) -> u128 {
-    let bytes: [u8; 16] = padded[start..start + 16].try_into().expect("16 bytes");
-    let mask = (1u128 << (8 * length)) - 1;
-    u128::from_le_bytes(bytes) & mask | (length as u128) << 120
-}
-
 impl Counts {
-    pub fn add_batch(&mut self, batch: &mut Batch, splitter: &Splitter) -> Result<(), String> {
-        let ends = std::mem::take(&mut batch.ends);
-        batch.text.push_str(TAIL);
-        let mut text_start = 0;
-        for text_end in ends {
-            let padded = &batch.text.as_bytes()[text_start..];
-            splitter.for_each(&batch.text[text_start..text_end], |start, end| {
-                if end - start < 16 {
-                    self.add_short(short_key(padded, start, end - start), 1);
-                } else {
-                    self.add_long(&padded[start..end], 1);
-                }
-            })?;
+    pub fn add_batch(&mut self, batch: &Batch, splitter: &Splitter) -> Result<(), String> {
+        let (bytes, mut text_start) = (batch.text.as_bytes(), 0);
+        for &text_end in &batch.ends {
+            splitter.for_each(&batch.text[text_start..text_end], |start, end| self.add_part(bytes, text_start + start, text_start + end, 1))?;
             text_start = text_end;
         }
         Ok(())
     }
 
     pub fn add(&mut self, chunk: &[u8], count: u64) {
-        if chunk.len() < 16 {
-            let mut padded = [0; 16];
-            padded[..chunk.len()].copy_from_slice(chunk);
-            self.add_short(short_key(&padded, 0, chunk.len()), count);
-        } else {
-            self.add_long(chunk, count);
+        self.add_part(chunk, 0, chunk.len(), count);
+    }
+
+    #[inline(always)]
+    fn add_part(&mut self, text: &[u8], start: usize, end: usize, count: u64) {
+        match chunk_key(text, start, end) {
+            Some(key) => self.add_short(key, count),
+            None => self.add_long(&text[start..end], count),
         }
     }
 
@@ -150,13 +133,6 @@ impl Counts {
     }
 }
 
-/// Two multiplications that mix all 128 bits (the finalizer idea of wyhash).
-#[inline(always)]
-fn hash(key: u128) -> usize {
-    let mixed = (key as u64 ^ 0xA076_1D64_78BD_642F) as u128 * ((key >> 64) as u64 ^ 0xE703_7ED1_A0B4_28DB) as u128;
-    (mixed as u64 ^ (mixed >> 64) as u64) as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,7 +157,7 @@ mod tests {
         for text in ["a b", " b", "", "ab"] {
             batch.push(text);
         }
-        counts.add_batch(&mut batch, &Splitter::Builtin).unwrap();
+        counts.add_batch(&batch, &Splitter::Builtin).unwrap();
         let mut found = vec![];
         counts.for_each(|chunk, count| found.push((chunk.to_vec(), count)));
         found.sort();

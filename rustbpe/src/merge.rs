@@ -12,9 +12,9 @@
 //! * The heap may hold counts that are too high, never too low: a pair whose count has fallen goes back in.
 
 use crate::count::Counts;
+use crate::key::FastMap;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::BinaryHeap;
 
 pub type Pair = (u32, u32);
 
@@ -31,7 +31,7 @@ pub struct Trainer {
     ids: Vec<u32>,      // NONE, then for each chunk its cells and a NONE
     weights: Vec<u64>,  // for each cell, how often its chunk occurs
     lengths: Vec<u32>,  // for each id, its cells
-    pairs: HashMap<Pair, Occurrences, BuildHasherDefault<PairHasher>>,
+    pairs: FastMap<Pair, Occurrences>,
     heap: BinaryHeap<(i64, Reverse<Pair>)>,
     before: Vec<Occurrences>, // for each id: what the merge at hand found to its left ...
     after: Vec<Occurrences>,  // ... and to its right
@@ -44,7 +44,7 @@ impl Trainer {
             ids: vec![NONE],
             weights: vec![0],
             lengths: vec![1; 256],
-            pairs: HashMap::default(),
+            pairs: FastMap::default(),
             heap: BinaryHeap::new(),
             before: vec![],
             after: vec![],
@@ -183,25 +183,10 @@ fn note<'a>(table: &'a mut [Occurrences], touched: &mut Vec<u32>, id: u32, weigh
     seen
 }
 
-/// Pairs are two small numbers: one multiplication spreads them over the table.
-#[derive(Default)]
-pub struct PairHasher(u64);
-
-impl Hasher for PairHasher {
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("pairs of u32 only")
-    }
-    fn write_u32(&mut self, id: u32) {
-        self.0 = (self.0.rotate_left(32) ^ id as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    }
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashMap;
 
     /// The rule, word for word: count everything again after every merge.
     fn recount(chunks: &[(Vec<u8>, u64)], merges: usize) -> Vec<Pair> {
