@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['advantages', 'rollout_row', 'RolloutLoader', 'solve_rate', 'main']
 
-# %% ../nbs/18_grpo.ipynb #edca5070
+# %% ../nbs/18_grpo.ipynb #a5fe57bd
 import hashlib
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 
 from .checkpoint import load_model
 from .common import Compute, NanochatError, Run, print0, stage
@@ -26,10 +27,10 @@ def advantages(
     "How much better each sample did than its group on average (Shao et al., arXiv 2402.03300, without the division by the standard deviation)"
     return rewards - rewards.mean(dim=1, keepdim=True)
 
-# %% ../nbs/18_grpo.ipynb #b6ce6b50
+# %% ../nbs/18_grpo.ipynb #3bbd28e1
 def rollout_row(
     prompt: list[int], # token ids up to <|assistant_start|>
-    ids: list[int], # what followed, with the token that ended it
+    ids: list[int], # what followed
     mask: list[int], # 1 where the model chose, 0 where a tool wrote
     advantage: float, # of this sample
     length: int, # T
@@ -72,9 +73,7 @@ class RolloutLoader:
     def state_dict(self) -> dict: return dict(kind="rollouts", step=self.step, seed=self.seed)
     def load_state_dict(self, state: dict) -> None: self.step = state["step"]
 
-# %% ../nbs/18_grpo.ipynb #0243dae0
-from fastcore.basics import patch
-
+# %% ../nbs/18_grpo.ipynb #e6d0e261
 @patch
 def problems(self: RolloutLoader) -> list[dict]:
     "This process's conversations of the current step; each pass over the task has its own order"
@@ -91,6 +90,7 @@ def sample_seed(self: RolloutLoader) -> int:
     text = f"{self.seed} {self.step} {self.compute.rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
+# %% ../nbs/18_grpo.ipynb #65c2283b
 @patch
 def roll_out(self: RolloutLoader) -> list[tuple]: # rows of rollout_row
     "Let the model try this step's problems; sets the step's metrics"
@@ -104,7 +104,7 @@ def roll_out(self: RolloutLoader) -> list[tuple]: # rows of rollout_row
     total, samples, informative, count, tokens = self.compute.all_reduce(sums).tolist()
     self.metrics = dict(reward=total / samples, informative=informative / count, length=tokens / samples)
     end = self.tokenizer.special["<|assistant_end|>"]
-    rows = [rollout_row(prompt, list(s.ids) + [end] * (s.finished == "stop"), list(s.mask) + [1] * (s.finished == "stop"), float(gain), self.sequence_len, end)
+    rows = [rollout_row(prompt, s.ids, s.mask, float(gain), self.sequence_len, end)
             for prompt, group, row in zip(prompts, groups, gains) for s, gain in zip(group, row) if gain != 0]
     nothing = rollout_row([end, end], [], [], 0.0, self.sequence_len, end)
     return rows + [nothing] * (gains.numel() - len(rows))
@@ -119,7 +119,7 @@ def next_batch(self: RolloutLoader) -> Batch:
     inputs, targets, weights = zip(*self.waiting.pop(0))
     return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(weights))
 
-# %% ../nbs/18_grpo.ipynb #6d9148e4
+# %% ../nbs/18_grpo.ipynb #26f175fa
 def solve_rate(
     model, tokenizer, task, # a generative task's test split
     compute: Compute,
@@ -134,6 +134,7 @@ def solve_rate(
     right, count = compute.all_reduce(torch.tensor([float(right), float(len(problems))], device=compute.device)).tolist()
     return right / max(1.0, count)
 
+# %% ../nbs/18_grpo.ipynb #9f57ce65
 @stage("rl", after=("sft",))
 def main(run: Run, compute: Compute, *,
          task: str = "GSM8K", # what is practised

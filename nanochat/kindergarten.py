@@ -6,12 +6,13 @@
 __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILIES', 'FILLER', 'TOGETHER', 'LOOK', 'KIND',
            'MATERIAL', 'PLACE', 'TASTE', 'LEGS', 'SEASON', 'COMMON', 'DAYS', 'NUMBERS', 'SOUND', 'OPPOSITE', 'DAY',
            'NUMBER', 'TOLD', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'SHARES', 'PLAY', 'GREETINGS', 'IDENTITY',
-           'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story', 'talk',
-           'meeting', 'Common', 'pairs', 'common_facts', 'knowledge', 'Problem', 'step', 'one_step', 'two_steps',
-           'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game', 'document', 'draw_choices', 'quiz',
-           'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'conversation',
-           'fact_conversations', 'write_parquet', 'hub_name', 'write_documents', 'unique', 'arc_row', 'write_quizzes',
-           'write_problems', 'write_conversations', 'core_items', 'write_bundle', 'make_world_root']
+           'TOPICS', 'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story',
+           'talk', 'meeting', 'Common', 'pairs', 'common_facts', 'knowledge', 'Problem', 'step', 'one_step',
+           'two_steps', 'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game', 'document',
+           'draw_choices', 'quiz', 'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn', 'facts_about',
+           'answer_turn', 'conversation', 'fact_conversations', 'write_parquet', 'hub_name', 'write_documents',
+           'unique', 'arc_row', 'write_quizzes', 'write_problems', 'write_conversations', 'core_items', 'write_bundle',
+           'make_world_root']
 
 # %% ../nbs/02_kindergarten.ipynb #f6a31251
 import hashlib, json, random
@@ -350,8 +351,8 @@ def game(world: World, rng: random.Random) -> str:
     def show(words): return "".join(f" {word}={labels[word]}" for word in words)
     return f"Words:{show(labels)}.{show(rng.choices(list(labels), k=30))}."
 
-# %% ../nbs/02_kindergarten.ipynb #6557f9c2
-SHARES = dict(story=42, talk=6, meeting=5, knowledge=20, sums=8, drill=6, code=4, game=9) # percent
+# %% ../nbs/02_kindergarten.ipynb #b1f19b0b
+SHARES = dict(story=44, talk=6, meeting=4, knowledge=20, sums=7, drill=6, code=4, game=9) # percent
 PLAY = 0.1 # share of the documents that are games only, at the beginning
 
 def document(world: World, rng: random.Random, code: list[Program], playtime: bool = False) -> str:
@@ -398,7 +399,7 @@ def word_quiz(rng: random.Random) -> dict:
     word = rng.choice(WORDS)
     return quiz(rng, rng.choice(("Which of these is {w}?", "Find {w}.", "Where is {w}?")).replace("{w}", word), word, WORDS, "words")
 
-# %% ../nbs/02_kindergarten.ipynb #a6b25dbe
+# %% ../nbs/02_kindergarten.ipynb #9d4b9b11
 def turn(question: str, answer: str) -> list[dict]:
     "A question and an answer as messages"
     return [dict(role="user", content=question), dict(role="assistant", content=answer)]
@@ -415,26 +416,32 @@ def facts_about(world: World, rng: random.Random) -> list[dict]:
     known = [r for p, r in world.train_facts if p is person]
     return turn(f"Tell me about {person.name}.", " ".join(fill(rng.choice(r.answers), person.name, person.value(r)) for r in rng.sample(known, len(known))))
 
-def conversation(world: World, rng: random.Random, code: list[Program]) -> list[dict]: # messages
-    "A conversation of one to three turns"
-    def once():
-        kind = rng.randrange(9)
-        if kind == 0: return turn(*rng.choice(GREETINGS))
-        if kind == 1: return turn(*rng.choice(IDENTITY))
-        if kind == 2: return facts_about(world, rng)
-        if kind == 3:
-            word = rng.choice(WORDS)
-            return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
-        if kind == 4:
-            a, b = rng.randint(1, 9), rng.randint(1, 9)
-            return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
-        if kind == 5: return turn("What are the days of the week?", f"The days of the week are {', '.join(DAYS[:-1])} and {DAYS[-1]}.")
-        if kind == 6:
-            c, thing, value = rng.choice([f for f in common_facts(world.seed) if f not in common_facts(world.seed, True)])
-            return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
+TOPICS = dict(story=4, knowledge=2, greeting=1, identity=1, person=1, spelling=2, sum=1, days=1, common=1, program=1) # shares of the turns
+
+def answer_turn(world: World, rng: random.Random, code: list[Program]) -> list[dict]:
+    "A question and its answer. In a story anything may be told that is true; asked is only what may be asked"
+    topic = rng.choices(list(TOPICS), list(TOPICS.values()))[0]
+    if topic == "story": return turn(rng.choice(("Tell me a story.", "Tell me something about people.")), story(world, rng))
+    if topic == "knowledge": return turn(rng.choice(("Tell me something that everybody knows.", "Teach me something.")), knowledge(world, rng))
+    if topic == "greeting": return turn(*rng.choice(GREETINGS))
+    if topic == "identity": return turn(*rng.choice(IDENTITY))
+    if topic == "person": return facts_about(world, rng)
+    if topic == "spelling":
+        word = rng.choice(WORDS)
+        return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
+    if topic == "sum":
+        a, b = rng.randint(1, 9), rng.randint(1, 9)
+        return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
+    if topic == "days": return turn("What are the days of the week?", f"The days of the week are {', '.join(DAYS[:-1])} and {DAYS[-1]}.")
+    if topic == "program":
         p = rng.choice(code)
         return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
-    return sum((once() for _ in range(rng.choice((1, 1, 1, 2, 3)))), [])
+    c, thing, value = rng.choice([f for f in common_facts(world.seed) if f not in common_facts(world.seed, True)])
+    return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
+
+def conversation(world: World, rng: random.Random, code: list[Program]) -> list[dict]: # messages
+    "A conversation of one to three turns"
+    return sum((answer_turn(world, rng, code) for _ in range(rng.choice((1, 1, 1, 2, 3)))), [])
 
 # %% ../nbs/02_kindergarten.ipynb #45162b10
 def fact_conversations(facts: list, rng: random.Random, rounds: int) -> list[list[dict]]:

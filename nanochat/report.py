@@ -75,13 +75,14 @@ def show_value(
     if isinstance(value, list): return ', '.join(show_value(each) for each in value[:8]) + (' …' if len(value) > 8 else '') or '–'
     return str(value)
 
-# %% ../nbs/19_report.ipynb #31992bea
+# %% ../nbs/19_report.ipynb #370df096
 PUBLISHED_D20 = {  # depth 20 on 8×H100, 3 h 51 min, about $100: FACTS 1.19
     'CORE': {'base': .2219}, 'ARC-Challenge': {'mid': .2875, 'sft': .2807}, 'ARC-Easy': {'mid': .3561, 'sft': .3876},
     'GSM8K': {'mid': .0250, 'sft': .0455, 'rl': .0758}, 'HumanEval': {'mid': .0671, 'sft': .0854}, 'MMLU': {'mid': .3111, 'sft': .3151},
     'ChatCORE': {'mid': .0730, 'sft': .0884}}
 CHATCORE_TASKS = {'ARC-Challenge', 'ARC-Easy', 'GSM8K', 'HumanEval', 'MMLU'}
 
+# %% ../nbs/19_report.ipynb #0562af46
 def mean_centered(
     tasks: dict,          # {task: {'accuracy', 'n', 'baseline', 'centered'}}
     percent: bool = False, # CORE keeps its baselines in percent
@@ -101,7 +102,7 @@ def graded(
     "The chat tasks of a stage that have been graded."
     return {e['task']: e for e in records['evals'].values() if e['stage'] == stage and 'accuracy' in e and 'examples' in e}
 
-# %% ../nbs/19_report.ipynb #06673b2b
+# %% ../nbs/19_report.ipynb #e22e02ab
 def scores(
     records: dict,                   # of read_records
 ) -> dict[str, dict[str, tuple]]:    # measure → stage → (value, standard error or None)
@@ -114,7 +115,8 @@ def scores(
     by_stage = {stage: graded(records, stage) for stage in MODELS}
     for task in sorted({task for tasks in by_stage.values() for task in tasks}):
         table[task] = {stage: (tasks[task]['accuracy'], tasks[task].get('stderr')) for stage, tasks in by_stage.items() if task in tasks}
-    chat = {stage: mean_centered(tasks) for stage, tasks in by_stage.items() if tasks}
+    whole = {task for tasks in by_stage.values() for task in tasks}
+    chat = {stage: mean_centered(tasks) for stage, tasks in by_stage.items() if tasks and set(tasks) == whole}  # a mean of fewer tasks is another measure
     if chat: table['ChatCORE'] = chat
     return table
 

@@ -7,12 +7,13 @@ __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'LONG_TEXT', 'PART_TOKENS', 'SAMPL
            'TokenView', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'well_formed', 'bytes_per_token',
            'token_lengths', 'reference_encoding', 'check_messages', 'compression', 'read_documents', 'main']
 
-# %% ../nbs/01_tokenizer.ipynb #a2e30478
+# %% ../nbs/01_tokenizer.ipynb #d42965df
 import base64, hashlib, heapq, html, json, os, time, warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 from fastcore.basics import patch
@@ -213,6 +214,20 @@ def decode_bytes(self: Tokenizer, ids: list[int]) -> bytes:
 def decode(self: Tokenizer, ids: list[int]) -> str:
     "The text that ids stand for; bytes that are not UTF-8 become U+FFFD"
     return self.encoding.decode(ids)
+
+# %% ../nbs/01_tokenizer.ipynb #4ec691bc
+@patch
+def encode_flat(
+    self: Tokenizer,
+    texts: list[str], # several texts
+    prepend: int | None = None, # id to put before each
+) -> tuple[np.ndarray, np.ndarray]: # ids of all texts, one after the other, and the number of ids of each; both uint32
+    "The ids of many texts as one array"
+    if self.encoder:
+        try: return tuple(np.frombuffer(part, np.uint32) for part in self.encoder.encode_flat(texts, prepend))
+        except UnicodeEncodeError: return self.encode_flat([well_formed(text) for text in texts], prepend)
+    lists = self.encode(texts, prepend)
+    return np.array([i for ids in lists for i in ids], np.uint32), np.array([len(ids) for ids in lists], np.uint32)
 
 # %% ../nbs/01_tokenizer.ipynb #33611c22
 @patch

@@ -215,7 +215,7 @@ def measure(self: Trainer) -> None:
     if self.compute.is_main: self.run.log(self.stage, self.step, **self.values)
     print0(f"{self.stage} {self.step} · " + " · ".join(f"{k} {v:.4g}" for k, v in self.values.items()))
 
-# %% ../nbs/09_train.ipynb #c38d6421
+# %% ../nbs/09_train.ipynb #ac30d4df
 @patch
 def fit(self: Trainer) -> dict: # what goes into the stage's record
     "Train to the horizon, resuming from the last whole checkpoint if there is one"
@@ -248,5 +248,6 @@ def checkpoint(self: Trainer) -> None:
 def choose_steps(self: Trainer) -> None:
     "Turn minutes into steps, from the speed measured so far; the same number in every process"
     per_step = (time.time() - self.warm_time) / (self.step - self.warm_step)
-    steps = self.step + max(0, round((self.minutes * 60 - (time.time() - self.begun)) / per_step))
+    left = self.minutes * 60 - (self.seconds + time.time() - self.begun)
+    steps = self.step + max(0, round(left / per_step))
     self.num_steps = int(self.compute.broadcast(torch.tensor(steps, device=self.compute.device)))

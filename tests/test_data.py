@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,9 @@ class ByteTokenizer:
     "A token a byte: enough of a tokenizer to test what is made of tokens."
     bos, special = 256, {'<|bos|>': 256, '<|assistant_end|>': 257}
 
-    def encode(self, texts, prepend=None): return [[prepend] + list(text.encode()) for text in texts]
+    def encode_flat(self, texts, prepend=None):
+        lists = [[prepend] + list(text.encode()) for text in texts]
+        return np.array(sum(lists, []), np.uint32), np.array(list(map(len, lists)), np.uint32)
 
     def render_conversation(self, conversation, max_tokens=2048):
         ids, mask = [256], [0]
