@@ -364,7 +364,8 @@ impl Encoder {
         }
         let encode = |part: &[&str]| {
             self.with_memory(|memory| {
-                let (mut ids, mut counts) = (vec![], vec![]);
+                let bytes: usize = part.iter().map(|text| text.len()).sum();
+                let (mut ids, mut counts) = (Vec::with_capacity(bytes / 4), Vec::with_capacity(part.len()));
                 for text in part {
                     let before = ids.len();
                     ids.extend(prepend);

@@ -13,8 +13,10 @@ mod python {
     use crate::merge::{Pair, Trainer};
     use crate::split::{Splitter, PATTERN};
     use pyo3::exceptions::PyValueError;
+    use pyo3::ffi;
     use pyo3::prelude::*;
     use pyo3::types::{PyBytes, PyDict, PyList, PyString};
+    use std::ffi::{c_int, c_void};
     use std::sync::mpsc::{sync_channel, Receiver};
     use std::sync::{Arc, Mutex};
     use std::thread;
@@ -192,14 +194,35 @@ mod python {
             Ok(lists)
         }
 
-        /// The ids of all texts one after the other and the number of ids of each, as bytes of unsigned 32-bit numbers:
-        /// for numpy.frombuffer, without an object for each id.
+        /// The ids of all texts one after the other and the number of ids of each, as buffers of unsigned 32-bit numbers:
+        /// numpy.frombuffer makes arrays of them without a copy, and without an object for each id.
         #[pyo3(signature = (texts, prepend=None, threads=1))]
-        fn encode_flat<'py>(&self, py: Python<'py>, texts: Vec<Bound<'py, PyString>>, prepend: Option<u32>, threads: usize) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
-            let parts = self.batch(py, &texts, prepend, threads)?;
-            let ids: Vec<&[u32]> = parts.iter().map(|(ids, _)| ids.as_slice()).collect();
-            let counts: Vec<u32> = parts.iter().flat_map(|(_, counts)| counts).map(|&count| count as u32).collect();
-            Ok((numbers(py, &ids)?, numbers(py, &[&counts])?))
+        fn encode_flat(&self, py: Python<'_>, texts: Vec<Bound<'_, PyString>>, prepend: Option<u32>, threads: usize) -> PyResult<(Numbers, Numbers)> {
+            let mut parts = self.batch(py, &texts, prepend, threads)?.into_iter();
+            let (mut ids, mut counts) = parts.next().unwrap_or_default();
+            for (more_ids, more_counts) in parts {
+                ids.extend(more_ids);
+                counts.extend(more_counts);
+            }
+            Ok((Numbers(ids), Numbers(counts.iter().map(|&count| count as u32).collect())))
+        }
+    }
+
+    /// Numbers that Python reads through the buffer protocol.
+    #[pyclass(frozen)]
+    struct Numbers(Vec<u32>);
+
+    #[pymethods]
+    impl Numbers {
+        /// # Safety
+        /// Called by Python with a view to fill. The view keeps this object alive, and nothing ever changes its numbers.
+        unsafe fn __getbuffer__(this: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+            let numbers = &this.get().0;
+            let (start, bytes) = (numbers.as_ptr() as *mut c_void, 4 * numbers.len() as ffi::Py_ssize_t);
+            match ffi::PyBuffer_FillInfo(view, this.as_ptr(), start, bytes, 1, flags) {
+                0 => Ok(()),
+                _ => Err(PyErr::fetch(this.py())),
+            }
         }
     }
 
@@ -208,16 +231,6 @@ mod python {
             let contents = texts.iter().map(|text| text.to_str()).collect::<PyResult<Vec<&str>>>()?;
             py.detach(|| self.0.encode_batch(&contents, prepend, threads)).map_err(PyValueError::new_err)
         }
-    }
-
-    fn numbers<'py>(py: Python<'py>, parts: &[&[u32]]) -> PyResult<Bound<'py, PyBytes>> {
-        PyBytes::new_with(py, 4 * parts.iter().map(|part| part.len()).sum::<usize>(), |bytes| {
-            let mut four = bytes.chunks_exact_mut(4);
-            for &value in parts.iter().copied().flatten() {
-                four.next().expect("counted above").copy_from_slice(&value.to_ne_bytes());
-            }
-            Ok(())
-        })
     }
 
     #[pymodule]
