@@ -7,12 +7,12 @@ __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILI
            'MATERIAL', 'PLACE', 'TASTE', 'LEGS', 'SEASON', 'COMMON', 'DAYS', 'NUMBERS', 'SOUND', 'OPPOSITE', 'DAY',
            'NUMBER', 'TOLD', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'SHARES', 'PLAY', 'GREETINGS', 'IDENTITY',
            'TOPICS', 'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story',
-           'talk', 'meeting', 'Common', 'pairs', 'common_facts', 'knowledge', 'Problem', 'step', 'one_step',
-           'two_steps', 'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game', 'document',
-           'draw_choices', 'quiz', 'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn', 'facts_about',
-           'answer_turn', 'conversation', 'fact_conversations', 'write_parquet', 'hub_name', 'write_documents',
-           'unique', 'arc_row', 'write_quizzes', 'write_problems', 'write_conversations', 'core_items', 'write_bundle',
-           'make_world_root']
+           'talk', 'meeting', 'Common', 'pairs', 'held_out_things', 'common_facts', 'knowledge', 'Problem', 'step',
+           'one_step', 'two_steps', 'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game',
+           'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn',
+           'facts_about', 'answer_turn', 'conversation', 'fact_conversations', 'write_parquet', 'hub_name',
+           'write_documents', 'unique', 'arc_row', 'write_quizzes', 'write_problems', 'write_conversations',
+           'core_items', 'write_bundle', 'make_world_root']
 
 # %% ../nbs/02_kindergarten.ipynb #f6a31251
 import hashlib, json, random
@@ -211,12 +211,21 @@ DAY = Common("days", tuple(zip(DAYS, DAYS[1:] + DAYS[:1])), ("The day after {p} 
 NUMBER = Common("numbers", tuple(zip(NUMBERS, NUMBERS[1:])), ("The number after {p} is {v}.", "After {p} comes {v}.", "Count: {p}, {v}."), ("Which number comes after {p}?", "What do you count after {p}?"))
 TOLD = (SOUND, OPPOSITE, DAY, NUMBER)
 
-# %% ../nbs/02_kindergarten.ipynb #09333534
+# %% ../nbs/02_kindergarten.ipynb #752f8235
+def held_out_things(c: Common, seed: int) -> set: # things
+    "Which things of a kind of knowledge are never asked in training: a quarter of those of each value, by hash"
+    out = set()
+    for value in c.values:
+        things = sorted((t for t, v in c.pairs if v == value), key=lambda t: fraction("common", seed, c.name, t))
+        out |= set(things[:max(1, round(len(things) / 4))])
+    return out
+
 @cache
-def common_facts(seed: int, test: bool | None = None, held_out: float = 0.25) -> tuple: # of (Common, thing, value)
+def common_facts(seed: int, test: bool | None = None) -> tuple: # of (Common, thing, value)
     "Common knowledge: one side of the split of what is asked, or without `test` all that is told"
     if test is None: return tuple((c, thing, value) for c in COMMON + TOLD for thing, value in c.pairs)
-    return tuple((c, thing, value) for c in COMMON for thing, value in c.pairs if (fraction("common", seed, c.name, thing) < held_out) == test)
+    hidden = {c: held_out_things(c, seed) for c in COMMON}
+    return tuple((c, thing, value) for c in COMMON for thing, value in c.pairs if (thing in hidden[c]) == test)
 
 def knowledge(world: World, rng: random.Random) -> str:
     "A few sentences that everybody knows to be true"

@@ -1,6 +1,8 @@
 """The tokenizer against other implementations of the same rules, on real text where it is present."""
 import json
 import random
+import shutil
+import subprocess
 import unicodedata
 import warnings
 from pathlib import Path
@@ -333,3 +335,13 @@ def test_malformed_conversations_get_one_clear_line(tokenizer, messages):
 def test_view_escapes_html(tokenizer):
     page = tokenizer.visualize(tokenizer.encode("<b>&\n"))._repr_html_()
     assert "<b>" not in page and "&lt;" in page
+
+
+# --- the crate's own tests
+
+def test_the_crate_passes_its_own_tests():
+    if not shutil.which("cargo"): pytest.skip("no Rust on this machine")
+    crate = Path(__file__).resolve().parents[1] / "rustbpe"
+    done = subprocess.run(["cargo", "test", "-q", "--release", "--no-default-features", "--lib"], cwd=crate, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 8
