@@ -9,6 +9,7 @@ __all__ = ['CORPORA', 'TASK_FILES', 'EXTRA_FILES', 'open_shard', 'read_row_group
            'hub_file', 'download', 'download_extra', 'make_hub_mirror', 'make_kindergarten', 'count_text', 'main']
 
 # %% ../nbs/03_dataset.ipynb #a783ec31
+import fcntl
 import json
 import os
 import shutil
@@ -283,16 +284,19 @@ def make_kindergarten(people: int, seed: int, documents: int) -> Path:  # a data
     "The root of the kindergarten world of this size and seed; made once, then found again."
     from nanochat.kindergarten import make_world_root
     root = home()/'data'/f'kindergarten-{people}-{seed}-{documents}'
-    if read_manifest(root).get('files'): return root
-    part = root.with_name(root.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    make_world_root(part, people=people, seed=seed, documents=documents)
-    files = sorted(path for path in part.rglob('*') if path.is_file() and path.name != 'manifest.json')
-    update_manifest(part, files={path.relative_to(part).as_posix(): describe_file(path) for path in files})
-    shutil.rmtree(root, ignore_errors=True)
-    part.rename(root)
-    return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with open(root.with_name(root.name + '.lock'), 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making the same world
+        if read_manifest(root).get('files'): return root
+        part = root.with_name(root.name + '.part')
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        make_world_root(part, people=people, seed=seed, documents=documents)
+        files = sorted(path for path in part.rglob('*') if path.is_file() and path.name != 'manifest.json')
+        update_manifest(part, files={path.relative_to(part).as_posix(): describe_file(path) for path in files})
+        shutil.rmtree(root, ignore_errors=True)
+        part.rename(root)
+        return root
 
 # %% ../nbs/03_dataset.ipynb #e1cbe8e8
 def count_text(files: list[Path], column: str = 'text', sample: int = 8) -> dict:
