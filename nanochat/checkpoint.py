@@ -167,18 +167,18 @@ def save_checkpoint(
     except OSError as error: trouble = error
     compute.barrier()
     try: files = {} if trouble else write_part(temporary, model, optimizers, rank_state, compute)
-    except OSError as error: trouble = error
+    except Exception as error: trouble = error  # whatever it is: the other processes are waiting to hear of it
     shards = share_receipts(None if trouble else files.get(shard_name(compute.rank), NO_FILE), compute)
     if compute.is_main and None not in shards:
         files |= {shard_name(rank): shard for rank, shard in enumerate(shards) if shard != NO_FILE}
         about = dict(step=step, world_size=compute.world_size, saved=now(), model_config=asdict(model.config), files=files,
                      tokenizer_fingerprint=getattr(tokenizer, "fingerprint", None))
         try: publish(temporary, final, about | {k: v for k, v in (state or {}).items() if k not in about})
-        except OSError as error: trouble = error
+        except Exception as error: trouble = error
     if None in share_receipts(None if trouble else NO_FILE, compute):
         if compute.is_main: shutil.rmtree(temporary, ignore_errors=True)
-        reason = trouble.strerror if trouble else "another process could not write its part"
-        raise NanochatError(f"{final}: not saved: {reason}; earlier checkpoints are whole: make room and run the same command again")
+        reason = (getattr(trouble, "strerror", None) or repr(trouble)) if trouble else "another process could not write its part"
+        raise NanochatError(f"{final}: not saved: {reason}; earlier checkpoints are whole: make room and run the same command again") from trouble
     if compute.is_main and keep: remove_old(stage_dir, step, keep)
     return final
 
@@ -227,6 +227,9 @@ def last_checkpoint(
     optimizer: bool = True, # its optimizer shards must be whole too
 ) -> Path | None: # None if there is no whole one
     "The newest whole checkpoint of a stage; a damaged one is passed over with a note"
+    for aside in Path(stage_dir).glob(".step_*.old.tmp"):  # a kill between the two renames of `publish`
+        whole = aside.with_name(aside.name[1:].removesuffix(".old.tmp"))
+        if not whole.exists(): os.rename(aside, whole)
     for path in reversed(step_folders(stage_dir)):
         try: verify_checkpoint(path, optimizer)
         except NanochatError as error: print0(f"note: checkpoint {path.name} is passed over: {error}")
@@ -266,6 +269,7 @@ def load_checkpoint(
 ) -> dict: # state.json, and `rank_state` of this process if the number of processes is the same
     "Read a checkpoint; raises `NanochatError` for one that is damaged, or of another model or tokenizer"
     path = Path(path)
+    if optimizers and model is None: raise NanochatError("load_checkpoint: optimizers can only be loaded with the model whose parameters they move")
     state = verify_checkpoint(path, optimizer=bool(optimizers)) if verify else read_state(path)
     if tokenizer is not None: check_tokenizer(state, tokenizer, path)
     if model is not None:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -131,13 +132,12 @@ def pin_val_shard(root: Path,          # a data root
                   files: list[Path],   # the shards that are here
                   pinned: str | None = None,  # the name a run already holds
                  ) -> str:             # file name of the validation shard
-    "The validation shard by name: the catalogue's if it is here, else the name kept from first use, else the last (then kept)."
+    "The validation shard by name: the one kept from first use; at first use the catalogue's if it is here, else the last."
     names = [path.name for path in files]
-    if corpus.val_shard in names: return corpus.val_shard
     kept = pinned or read_manifest(root).get('val_shard', {}).get(corpus.repo)
     if kept is None:
         if len(names) < 2: raise NanochatError(f"{Path(root)/corpus.repo} has {len(names)} shard; one for training and one for validation are needed")
-        kept = names[-1]
+        kept = corpus.val_shard if corpus.val_shard in names else names[-1]
         update_manifest(root, val_shard={corpus.repo: kept})
     if kept in names: return kept
     raise NanochatError(f"the validation shard {kept} of {corpus.repo} is missing from {root}; put it back, or scores stop being comparable")
@@ -228,8 +228,10 @@ def download(root: Path, repo: str,
         path, record = Path(root)/repo/name, known.get(f'{repo}/{name}')
         return record is not None and path.exists() and path.stat().st_size == record['bytes']
     if names and all(map(have, names)): return [Path(root)/repo/name for name in names]
+    mirrored = [name.removeprefix(f'{repo}/') for name in known if name.startswith(f'{repo}/')]
     try: listing = hub_listing(repo, pattern)
     except Exception as error:
+        if names is None and mirrored and all(map(have, mirrored)): return [Path(root)/repo/name for name in sorted(mirrored)]  # whole, and no network
         raise NanochatError(f"cannot list {repo} on the hub ({_reason(error)}); check the network and HF_ENDPOINT, or use --data kindergarten") from None
     names = sorted(listing) if names is None else names
     if missing := [name for name in names if name not in listing]: raise NanochatError(f"{repo} has no file {missing[0]} on the hub; {len(missing)} of {len(names)} are missing")
@@ -250,6 +252,7 @@ def _reason(error: Exception) -> str:
 # %% ../nbs/03_dataset.ipynb #59b6c5aa
 def download_extra(root: Path) -> list[str]:  # what could not be had
     "Fetch the CORE bundle, the identity conversations and the word list; each is optional, so a failure is returned, not raised."
+    from http.client import HTTPException
     from urllib.request import urlopen
     failed = []
     for name, url in EXTRA_FILES.items():
@@ -259,14 +262,19 @@ def download_extra(root: Path) -> list[str]:  # what could not be had
         part = path.with_name(path.name + '.part')
         try:
             if os.environ.get('HF_HUB_OFFLINE') == '1': raise OSError('offline')
-            with urlopen(url, timeout=30) as reply, open(part, 'wb') as out: shutil.copyfileobj(reply, out)
+            with urlopen(url, timeout=30) as reply, open(part, 'wb') as out:
+                shutil.copyfileobj(reply, out)
+                expected = int(reply.headers.get('Content-Length') or out.tell())
+            if part.stat().st_size != expected: raise OSError(f'{part.stat().st_size} of {expected} bytes arrived')
             if name.endswith('.zip'):
-                with zipfile.ZipFile(part) as bundle: bundle.extractall(root)
+                with tempfile.TemporaryDirectory(dir=root) as folder:  # a killed unpacking leaves nothing that looks whole
+                    with zipfile.ZipFile(part) as bundle: bundle.extractall(folder)
+                    for unpacked in Path(folder).iterdir(): unpacked.rename(Path(root)/unpacked.name)
                 part.unlink()
             else:
                 part.rename(path)
                 update_manifest(root, files={name: describe_file(path)})
-        except (OSError, zipfile.BadZipFile) as error: failed.append(f'{name} ({_reason(error)})')
+        except (OSError, HTTPException, zipfile.BadZipFile) as error: failed.append(f'{name} ({_reason(error)})')
     return failed
 
 # %% ../nbs/03_dataset.ipynb #138568ba
@@ -308,7 +316,7 @@ def count_text(files: list[Path], column: str = 'text', sample: int = 8) -> dict
         shard = open_shard(path, column)
         for i in range(shard.num_row_groups):
             try: texts = shard.read_row_group(i, columns=[column]).column(column)
-            except (pa.ArrowException, OSError): read_row_group(shard, path, i, column)
+            except (pa.ArrowException, OSError): texts = pa.array(read_row_group(shard, path, i, column))  # which names what is wrong
             characters += pc.sum(pc.utf8_length(texts)).as_py() or 0
             counted += len(texts)
     if counted < documents: characters = round(characters*documents/max(counted, 1))
@@ -328,12 +336,13 @@ def main(run: Run, compute: Compute, *,
     "Make, download or find the data; check it; pin the split; record it in the run."
     if not compute.is_main: return {}  # one process does this; the others wait at the end of the stage
     entry = find_corpus(corpus)
+    if data == 'hub' and shards < 1: shards = 8
     if data == 'kindergarten': root = make_kindergarten(size, seed, documents)
-    elif data == 'hub': root = make_hub_mirror(entry, shards if shards > 0 else 8)
+    elif data == 'hub': root = make_hub_mirror(entry, shards)
     else: root = folder_root(data)
     root = root.resolve()
     pinned = run.info.get('val_shard') if run.info.get('data_root') == str(root) else None
-    train, val = split_files(root, entry, shards if data != 'hub' or shards > 0 else 8, pinned)
+    train, val = split_files(root, entry, shards, pinned)
     verified = verify_files(root, train + val, digests=verify)
     bundle = find_bundle(root)
     run.update_info(data_root=str(root), corpus=corpus, train_files=[str(path) for path in train],

@@ -126,9 +126,10 @@ def save(self: Trainer) -> None:
 @patch
 def resume(self: Trainer) -> bool:
     "Continue from the stage's last whole checkpoint, if there is one"
-    path = last_checkpoint(self.run.path(self.stage))
-    if path is None: return False
-    state = load_checkpoint(path, self.model, self.optimizers, tokenizer=self.tokenizer)
+    path = last_checkpoint(self.run.path(self.stage)) if self.compute.is_main else None  # one process checks every file, all take its word
+    step = self.compute.broadcast(torch.tensor(int(path.name[5:]) if path else -1, device=self.compute.device)).item()
+    if step < 0: return False
+    state = load_checkpoint(self.run.path(self.stage, f"step_{step:08d}"), self.model, self.optimizers, tokenizer=self.tokenizer, verify=False)
     self.step, self.tokens, self.seconds, self.smooth, self.values = (state[k] for k in ("step", "tokens", "train_seconds", "smooth_loss", "values"))
     if self.num_steps is None: self.num_steps = state["num_steps"]
     self.loader.load_state_dict((state.get("rank_state") or state)["loader"])

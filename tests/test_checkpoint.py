@@ -83,6 +83,19 @@ def test_killed_at_any_instant_the_last_checkpoint_is_whole(tmp_path):
     assert not list(tmp_path.glob('.step*')) and len(step_folders(tmp_path)) == 2  # leftovers of the kills are gone
 
 
+def test_killed_between_the_two_renames_of_a_replacement_nothing_is_lost(tmp_path):
+    path = save_checkpoint(tmp_path, 5, filled(5))
+    os.rename(path, tmp_path / '.step_00000005.old.tmp')
+    assert value_of(last_checkpoint(tmp_path)) == 5
+    save_checkpoint(tmp_path, 6, filled(6))
+    assert [p.name for p in step_folders(tmp_path)] == ['step_00000005', 'step_00000006']
+
+
+def test_whatever_stops_a_save_is_told_in_one_line(tmp_path):
+    with pytest.raises(NanochatError, match='not saved.*not JSON serializable') as caught: save_checkpoint(tmp_path, 1, filled(1), state=dict(odd=object()))
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 # --- space -----------------------------------------------------------------------------------------------------------
 
 def save_with_small_files(stage_dir, answers) -> None:

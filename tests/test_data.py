@@ -91,13 +91,16 @@ def test_validation_shard_stays_when_shards_arrive(root):
     train, val = split_files(root, FINEWEB)
     assert val == first and len(train) == 6 and val[0] not in train
 
-def test_catalogue_validation_shard_wins_when_it_is_here(root):
-    assert split_files(root, FINEWEB)[1][0].name == 'shard_00003.parquet'
+def test_catalogue_validation_shard_is_chosen_at_first_use_and_never_later(root):
     pinned = root/FINEWEB.repo/FINEWEB.val_shard
     pinned.write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
-    write_shards(root/FINEWEB.repo, count=6)
     (root/FINEWEB.repo/'shard_01900.parquet').write_bytes(pinned.read_bytes())
     assert split_files(root, FINEWEB)[1] == [pinned]
+
+def test_catalogue_validation_shard_that_comes_late_is_text_to_read(root):
+    first = split_files(root, FINEWEB)[1]
+    (root/FINEWEB.repo/FINEWEB.val_shard).write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
+    assert split_files(root, FINEWEB)[1] == first  # what was trained on must not become what is measured on
 
 def test_a_missing_pinned_shard_is_an_error_not_another_choice(root):
     split_files(root, FINEWEB)[1][0].unlink()
