@@ -6,12 +6,9 @@
 __all__ = ['STAGES', 'COMMANDS', 'best_stage', 'open_engine', 'fit_messages', 'Chat', 'run_command', 'say', 'converse',
            'build_parser', 'main']
 
-# %% ../nbs/20_chat.ipynb #6e970c8c
+# %% ../nbs/20_chat.ipynb #5e6511e7
 import argparse, json, os, secrets, sys, traceback
-from pathlib import Path
 from typing import Iterator
-
-import torch
 
 from .checkpoint import load_model, step_folders
 from .common import NanochatError, Run, in_notebook, pick_device, write_atomic
@@ -135,12 +132,14 @@ def run_command(
     if name not in COMMANDS: return f"/{name}: unknown; /help shows what there is"
     return COMMANDS[name](chat, argument.strip())
 
-# %% ../nbs/20_chat.ipynb #b0167e46
+# %% ../nbs/20_chat.ipynb #c3652874
+_CONTROLS = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"} # Unicode's category Cc
+
 def say(chat: Chat, text: str) -> None:
-    "Print an answer as it comes; Ctrl-C stops the answer, not the program"
+    "Print an answer as it comes, without control characters; Ctrl-C stops the answer, not the program"
     pieces = chat.reply(text)
     try:
-        for piece in pieces: print(piece, end="", flush=True)
+        for piece in pieces: print(piece.translate(_CONTROLS), end="", flush=True)
     except KeyboardInterrupt: print(" …", end="")
     finally: pieces.close()
     print(flush=True)

@@ -281,7 +281,7 @@ def evaluate_task(model, tokenizer: Tokenizer, task: CoreTask, compute: Compute,
                  ) -> dict:
     "Accuracy of a model on one task; processes share the items by stride."
     started, items = time.time(), load_items(task)
-    asked = range(compute.rank, min(max_per_task, len(items)) if max_per_task >= 0 else len(items), compute.world_size)
+    asked = range(compute.rank, min(max_per_task, len(items)) if max_per_task > 0 else len(items), compute.world_size)
     max_len = max_len or 10*model.config.sequence_len
     total = torch.zeros(2, device=compute.device)  # right, asked
     for first in range(0, len(asked), 256):  # so many items held as tokens at once

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'Batch', 'rows_to_batch', 'RowStream', 'Ahead', 'document_tokens', 'check_batch_shape', 'DocumentLoader',
-           'ConversationLoader']
+           'single_documents', 'BestFit', 'ConversationLoader']
 
-# %% ../nbs/04_dataloader.ipynb #d569d040
+# %% ../nbs/04_dataloader.ipynb #e94f8c34
 import random
 import warnings
-from collections import deque
+from bisect import bisect_right, insort
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -119,7 +121,7 @@ def check_batch_shape(batch_size: int, sequence_len: int, rank: int, world_size:
     if batch_size < 1 or sequence_len < 1: raise NanochatError(f"batch_size and sequence_len must be at least 1, not {batch_size} and {sequence_len}")
     if not 0 <= rank < world_size: raise NanochatError(f"rank {rank} is not below world_size {world_size}")
 
-# %% ../nbs/04_dataloader.ipynb #7f6e8700
+# %% ../nbs/04_dataloader.ipynb #5e1cb2d0
 class DocumentLoader:
     "Parquet shards of text → packed batches for pretraining; endless, deterministic, exactly resumable."
     def __init__(self,
@@ -128,14 +130,18 @@ class DocumentLoader:
         batch_size: int,          # B, rows of one micro-batch of one process
         sequence_len: int,        # T, tokens in a row
         rank: int = 0, world_size: int = 1,
+        packing: str = 'flat',    # 'flat': one stream, cut every T tokens; 'best_fit': every row begins with a document, and what does not fit is cropped
         split: str = 'rows',      # how processes share the text: 'rows' (one stream, dealt out row by row) or 'row_groups' (each reads its own part)
         column: str = 'text',
         encode_batch: int = 128,  # documents given to the tokenizer at once (FACTS 1.4)
+        buffer: int = 1000,       # documents that best_fit chooses from (FACTS 2.5)
         device: torch.device = 'cpu',
     ):
         if not files: raise NanochatError("no shards to read; run the dataset stage first")
         if split not in ('rows', 'row_groups'): raise NanochatError(f"split must be 'rows' or 'row_groups', not {split!r}")
+        if packing not in ('flat', 'best_fit'): raise NanochatError(f"packing must be 'flat' or 'best_fit', not {packing!r}")
         check_batch_shape(batch_size, sequence_len, rank, world_size)
+        self.packing, self.buffer = packing, buffer
         self.files, self.tokenizer = [Path(path) for path in files], tokenizer
         self.batch_size, self.sequence_len, self.rank, self.world_size = batch_size, sequence_len, rank, world_size
         self.split, self.column, self.encode_batch, self.device = split, column, encode_batch, device
@@ -147,55 +153,131 @@ class DocumentLoader:
 
     def start_at(self, place: tuple, rows: int):
         "Read from a place on, as the row of that number."
+        self.rows = rows
+        self.stream = RowStream(Ahead(self.pieces(place))) if self.packing == 'flat' else BestFit(self.documents, self.sequence_len + 1, self.buffer, place)
+
+    def pieces(self, place: tuple) -> Iterator:
+        "The encoded text that this process reads, from a place on."
         rank, world_size = (self.rank, self.world_size) if self.split == 'row_groups' else (0, 1)
-        source = document_tokens(self.files, self.tokenizer, self.column, rank, world_size, place, self.encode_batch)
-        self.rows, self.stream = rows, RowStream(Ahead(source))
+        return document_tokens(self.files, self.tokenizer, self.column, rank, world_size, place, self.encode_batch)
+
+    def documents(self, place: tuple) -> Iterator:
+        "The same as single documents, each with its place: that of its piece, and its number in it."
+        *start, number = (*place, 0)[:5]
+        return islice(single_documents(Ahead(self.pieces(tuple(start))), self.tokenizer.bos), number, None)
 
     def __iter__(self): return self
     def __next__(self) -> Batch: return self.next_batch()
 
-# %% ../nbs/04_dataloader.ipynb #52e2fc50
+# %% ../nbs/04_dataloader.ipynb #9b0ce520
 @patch
 def next_batch(self: DocumentLoader) -> Batch:
     "The next B rows of this process."
     shared = self.world_size if self.split == 'rows' else 1
     mine, count = (self.rank if self.split == 'rows' else 0), self.batch_size*shared
     T = self.sequence_len
-    self.stream.fill(count*T + 1)
-    ids = self.stream.peek(count*T + 1)
-    self.stream.advance(count*T)
+    if self.packing == 'best_fit':
+        rows = np.stack([self.stream.next_row() for _ in range(count)])
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+    else:
+        self.stream.fill(count*T + 1)
+        ids = self.stream.peek(count*T + 1)
+        self.stream.advance(count*T)
+        inputs, targets = ids[:-1].reshape(count, T), ids[1:].reshape(count, T)
     self.rows += count
-    inputs, targets = (torch.from_numpy(part.reshape(count, T)[mine::shared].astype(np.int64)) for part in (ids[:-1], ids[1:]))
-    return Batch(inputs, targets).to(self.device)
+    return Batch(*(torch.from_numpy(part[mine::shared].astype(np.int64)) for part in (inputs, targets))).to(self.device)
 
 @patch(as_prop=True)
 def epoch(self: DocumentLoader) -> int:
-    "Whole passes over the shards before the next token."
+    "Whole passes over the shards before the next token, or with best_fit before the next document."
+    if self.packing == 'best_fit': return self.stream.next_place[0]
     self.stream.fill(1)
     return self.stream.place()[0][0]
 
-# %% ../nbs/04_dataloader.ipynb #4a82a856
+# %% ../nbs/04_dataloader.ipynb #91e65043
+def single_documents(pieces: Iterator, bos: int) -> Iterator:  # of (place, number in the piece), ids
+    "Pieces of encoded text, cut before every BOS."
+    for place, ids in pieces:
+        for number, document in enumerate(np.split(ids, np.flatnonzero(ids == bos)[1:])): yield (*place, number), document
+
+# %% ../nbs/04_dataloader.ipynb #0b566c53
+class BestFit:
+    "Rows of whole documents: always the longest that still fits, and when none does, the shortest, cropped."
+    def __init__(self, documents, length: int, buffer: int = 1000, place: tuple = (0, 0, 0, 0)):  # documents(place) yields (place, ids) from there on
+        self.documents, self.length, self.buffer = documents, length, buffer
+        self.source, self.store, self.count, self.cropped, self.next_place = documents(place), [], 0, 0, place
+
+    def add(self, place: tuple, ids: np.ndarray):
+        "Put a document into the store."
+        insort(self.store, (len(ids), self.count, place, ids))
+        self.count += 1
+
+    def fill(self):
+        "Read documents until the store is full."
+        while len(self.store) < self.buffer:
+            place, ids = next(self.source)
+            self.add(place, ids)
+            self.next_place = (*place[:4], place[4] + 1)
+
+    def next_row(self) -> np.ndarray:  # (length,)
+        "Fill one row."
+        parts, left = [], self.length
+        while left:
+            self.fill()
+            fitting = bisect_right(self.store, (left, float('inf')))
+            size, _, _, ids = self.store.pop(max(fitting - 1, 0))
+            parts.append(ids[:left])
+            self.cropped += max(size - left, 0)
+            left -= len(parts[-1])
+        return np.concatenate(parts)
+
+# %% ../nbs/04_dataloader.ipynb #8a7ea132
 @patch
 def state_dict(self: DocumentLoader) -> dict:
     "Where the next row starts: a few numbers and a file name, JSON-able. With split='rows' it is the same in every process."
-    self.stream.fill(1)
-    (epoch, file, row_group, document), token = self.stream.place()
-    state = dict(kind='documents', epoch=epoch, file=self.files[file].name, row_group=row_group, document=document, token=token,
-                 rows=self.rows, sequence_len=self.sequence_len, split=self.split)
-    return {**state, 'rank': self.rank, 'world_size': self.world_size} if self.split == 'row_groups' else state
+    state = dict(kind='documents', rows=self.rows, sequence_len=self.sequence_len, split=self.split, packing=self.packing)
+    if self.split == 'row_groups': state |= dict(rank=self.rank, world_size=self.world_size)
+    if self.packing == 'best_fit': # the store, too: the places of its documents, in the order in which they came
+        epoch, file, row_group, document, number = (*self.stream.next_place, 0)[:5]
+        state |= dict(store=[list(place) for _, _, place, _ in sorted(self.stream.store, key=lambda item: item[1])], number=number)
+    else:
+        self.stream.fill(1)
+        (epoch, file, row_group, document), token = self.stream.place()
+        state |= dict(token=token)
+    return state | dict(epoch=epoch, file=self.files[file].name, row_group=row_group, document=document)
+
+@patch
+def check_state(self: DocumentLoader, state: dict):
+    "Refuse a state that this loader cannot go on from."
+    if state.get('kind') != 'documents': raise NanochatError("this loader state was not saved by a DocumentLoader; start the stage in a new run")
+    for option in ('split', 'packing', *(['sequence_len'] if self.packing == 'best_fit' else [])):
+        if state.get(option, 'flat') != getattr(self, option): raise NanochatError(f"this loader state was saved with {option}={state.get(option)!r}; continue with the same")
+    if self.split == 'row_groups' and (state['rank'], state['world_size']) != (self.rank, self.world_size):
+        raise NanochatError(f"this loader state is of process {state['rank']} of {state['world_size']}; with split='row_groups' the number of processes cannot change")
+    names = [path.name for path in self.files]
+    if state['file'] not in names: raise NanochatError(f"shard {state['file']}, where the run stopped, is not among the {len(names)} training shards; put it back")
 
 @patch
 def load_state_dict(self: DocumentLoader, state: dict):
     "Continue exactly where `state` was taken; with split='rows' also with another number of processes or another batch size."
-    names = [path.name for path in self.files]
-    if state.get('kind') != 'documents': raise NanochatError("this loader state was not saved by a DocumentLoader; start the stage in a new run")
-    if state['split'] != self.split: raise NanochatError(f"this loader state was saved with split={state['split']!r}; continue with the same")
-    if self.split == 'row_groups' and (state['rank'], state['world_size']) != (self.rank, self.world_size):
-        raise NanochatError(f"this loader state is of process {state['rank']} of {state['world_size']}; with split='row_groups' the number of processes cannot change")
-    if state['file'] not in names: raise NanochatError(f"shard {state['file']}, where the run stopped, is not among the {len(names)} training shards; put it back")
-    self.start_at((state['epoch'], names.index(state['file']), state['row_group'], state['document']), state['rows'])
-    self.stream.fill(state['token'] + 1)
-    self.stream.advance(state['token'])
+    self.check_state(state)
+    place = (state['epoch'], [path.name for path in self.files].index(state['file']), state['row_group'], state['document'])
+    if self.packing == 'best_fit':
+        self.start_at((*place, state['number']), state['rows'])
+        self.restore_store([tuple(place) for place in state['store']])
+    else:
+        self.start_at(place, state['rows'])
+        self.stream.fill(state['token'] + 1)
+        self.stream.advance(state['token'])
+
+@patch
+def restore_store(self: DocumentLoader, places: list[tuple]):
+    "Read the documents of the store again; each piece of text is encoded once."
+    numbers, found = defaultdict(list), {}
+    for *piece, number in places: numbers[tuple(piece)].append(number)
+    for piece, wanted in numbers.items():
+        for place, ids in islice(single_documents(self.pieces(piece), self.tokenizer.bos), max(wanted) + 1): found[(*piece, place[4])] = ids
+    for place in places: self.stream.add(place, found[place])
 
 # %% ../nbs/04_dataloader.ipynb #7722914e
 class ConversationLoader:

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['scatter_bits', 'sample_key', 'uniform', 'choose_tokens', 'Sample', 'Row', 'Engine', 'TextStream', 'readable_text']
 
-# %% ../nbs/14_engine.ipynb #7cb10122
-import codecs, copy, time
+# %% ../nbs/14_engine.ipynb #8b05888f
+import codecs, copy
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import Iterator
 
 import numpy as np
@@ -189,7 +190,7 @@ def _make_room(self: Engine) -> None:
     for new, kept in (self.cache.k, old.k), (self.cache.v, old.v): new[:, :n, :, :old.max_len] = kept[:, :n]
     self.cache.lengths[:n] = old.lengths[:n]
 
-# %% ../nbs/14_engine.ipynb #e05fb1ba
+# %% ../nbs/14_engine.ipynb #f5ca87a6
 @patch
 def _join(self: Engine, rows: list[Row], slots: list[int]) -> None:
     "Give slots to rows of one prompt"
@@ -208,11 +209,11 @@ def _admit(self: Engine) -> None:
     while self.waiting and (self.holes or len(self.rows) < self.max_batch):
         first = self.waiting[0]
         if first.source is None and len(first.prompt) > 1: self._prefill()
-        together, slots = [], []
-        while self.waiting and self.waiting[0].prompt is first.prompt and (self.holes or len(self.rows) + len(slots) < self.max_batch):
-            together.append(self.waiting.popleft())
-            slots.append(self.holes.pop() if self.holes else len(self.rows) + sum(s >= len(self.rows) for s in slots))
-        self._join(together, slots)
+        slots = [*self.holes, *range(len(self.rows), self.max_batch)]
+        together = list(islice(takewhile(lambda row: row.prompt is first.prompt, self.waiting), len(slots)))
+        self._join(together, slots[:len(together)])
+        del self.holes[:len(together)]
+        for _ in together: self.waiting.popleft() # only now: a row is always in line or in a slot, even if joining fails
     for hole in sorted(self.holes, reverse=True):
         last = len(self.rows) - 1
         if hole != last:
@@ -242,7 +243,7 @@ def step(self: Engine) -> tuple[list[Row], list[int], list[int]]: # rows that to
     for i in np.flatnonzero(self.notable[tokens] | (state["step"] >= state["limit"])).tolist(): self._notice(i, rows[i], words[i], masks[i])
     return rows, words, masks
 
-# %% ../nbs/14_engine.ipynb #32fe0c8d
+# %% ../nbs/14_engine.ipynb #8bf6c9c1
 @patch
 def _notice(self: Engine, i: int, row: Row, token: int, mask: int) -> None:
     "What happens to row `i` after a stop, the end of a tool call, or its last token"
@@ -265,7 +266,7 @@ def _leave(self: Engine, i: int, row: Row) -> None:
 def cancel(self: Engine, row: Row) -> None:
     "Forget a row, wherever it is: nobody waits for it any more"
     if row in self.waiting: self.waiting.remove(row)
-    elif not row.done: self._leave(next(i for i, other in enumerate(self.rows) if other is row), row)
+    if not row.done and row in self.rows: self._leave(self.rows.index(row), row)
     row.done = True
 
 # %% ../nbs/14_engine.ipynb #49bf3c6e

@@ -209,7 +209,7 @@ def evaluate_core(run: Run, model, tokenizer, compute: Compute, identity: dict, 
 
 # %% ../nbs/15_evaluate.ipynb #77109878
 def base_samples(run: Run, model, tokenizer, prompts: list[str], max_tokens: int = 16) -> list[dict]:
-    "How a base model goes on, greedily: from the given beginnings, or the seed's seven and the first words of three unseen documents."
+    "How a base model goes on, greedily: from the given beginnings, or the reference system's seven and the first words of three unseen documents."
     if not prompts:
         documents = parquet_documents(corpus_files(run, 'val'))
         starts = [' '.join(text.split()[:8]) for text, _ in zip((d for d in documents if len(d.split()) > 16), range(3))]
@@ -265,7 +265,7 @@ def main(run: Run, compute: Compute, *,
          quiz: str = 'letter',        # how multiple choice questions are answered: letter or line
          bpb_tokens: int = 10485760,  # base: tokens of training and of validation text for bits per byte
          core_problems: int = -1,     # base: items of each CORE task; -1: all, 0: no CORE
-         base_prompts: list = [],     # base: beginnings to go on from; empty: the seed's seven and three of the validation text
+         base_prompts: list = [],     # base: beginnings to go on from; empty: the reference system's seven and three of the validation text
          chat_prompts: list = [],     # chat: questions to follow through the stages; empty: a few and one of each task
         ) -> dict:
     "Grade the model of a stage and keep every reply."

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILIES', 'FILLER', 'TOGETHER', 'LOOK', 'KIND',
-           'MATERIAL', 'PLACE', 'TASTE', 'LEGS', 'SEASON', 'COMMON', 'DAYS', 'NUMBERS', 'SOUND', 'OPPOSITE', 'DAY',
-           'NUMBER', 'TOLD', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'SHARES', 'PLAY', 'GREETINGS', 'IDENTITY',
-           'TOPICS', 'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction', 'World', 'fill', 'state', 'story',
-           'talk', 'meeting', 'Common', 'pairs', 'held_out_things', 'common_facts', 'knowledge', 'Problem', 'step',
-           'one_step', 'two_steps', 'problem', 'spelling', 'drill', 'Program', 'program', 'programs', 'game',
-           'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz', 'reading_quiz', 'word_quiz', 'turn',
-           'facts_about', 'answer_turn', 'conversation', 'fact_conversations', 'write_parquet', 'hub_name',
-           'write_documents', 'unique', 'arc_row', 'write_quizzes', 'write_problems', 'write_conversations',
-           'core_items', 'write_bundle', 'make_world_root']
+           'MATERIAL', 'PLACE', 'TASTE', 'LEGS', 'SEASON', 'COMMON', 'DAYS', 'NUMBERS', 'OPPOSITES', 'SOUND',
+           'OPPOSITE', 'DAY', 'NUMBER', 'TOLD', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'NUMERALS', 'SHARES',
+           'PLAY', 'GREETINGS', 'IDENTITY', 'TOPICS', 'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction',
+           'World', 'fill', 'state', 'story', 'talk', 'meeting', 'Common', 'pairs', 'held_out_things', 'common_facts',
+           'knowledge', 'Problem', 'step', 'one_step', 'two_steps', 'problem', 'spelling', 'drill', 'Program',
+           'program', 'programs', 'game', 'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz',
+           'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'answer_turn', 'conversation', 'fact_conversations',
+           'write_parquet', 'hub_name', 'write_documents', 'unique', 'arc_row', 'write_quizzes', 'write_problems',
+           'write_conversations', 'core_items', 'write_bundle', 'make_world_root']
 
 # %% ../nbs/02_kindergarten.ipynb #f6a31251
 import hashlib, json, random
@@ -167,48 +167,63 @@ def pairs(
     "The things of every group with its name"
     return tuple((thing, value) for value, things in groups.items() for thing in things.split())
 
-# %% ../nbs/02_kindergarten.ipynb #e61dc099
-LOOK = Common("look", pairs(white="snow milk salt sugar flour rice", black="coal night tar ink soot ravens", green="grass leaves peas frogs moss beans",
-    blue="sky sea jeans ice", yellow="sun lemons corn butter straw bananas", red="blood roses cherries tomatoes fire", brown="mud wood bears chocolate bread",
-    pink="pigs piglets salmon ham"),
+# %% ../nbs/02_kindergarten.ipynb #89d3f481
+LOOK = Common("look",
+    pairs(white="snow milk salt sugar flour rice", black="coal night tar ink soot ravens", green="grass leaves peas frogs moss beans",
+          blue="sky sea jeans ice", yellow="sun lemons corn butter straw bananas", red="blood roses cherries tomatoes fire",
+          brown="mud wood bears chocolate bread", pink="pigs piglets salmon ham"),
     ("The color of {p} is {v}.", "Everyone knows that the color of {p} is {v}.", "Look at the color of {p}: {v}!", "Paint me a picture of {p}, all in {v}."),
     ("What is the color of {p}?", "Which color do you take to paint {p}?"))
-KIND = Common("kinds", pairs(birds="owls hens geese swans crows eagles", flowers="roses tulips lilies poppies violets", trees="oaks pines elms willows palms",
-    fruits="apples pears plums grapes lemons melons", tools="hammers saws spades axes rakes drills", insects="ants bees flies moths beetles wasps",
-    clothes="shirts socks coats skirts gloves hats", fish="trout carps sharks eels pikes"),
+KIND = Common("kinds",
+    pairs(birds="owls hens geese swans crows eagles", flowers="roses tulips lilies poppies violets", trees="oaks pines elms willows palms",
+          fruits="apples pears plums grapes lemons melons", tools="hammers saws spades axes rakes drills", insects="ants bees flies moths beetles wasps",
+          clothes="shirts socks coats skirts gloves hats", fish="trout carps sharks eels pikes"),
     ("All {p} are {v}.", "We learn at school that {p} are {v}.", "Everyone knows that {p} are {v}.", "The kind of things that {p} are: {v}."),
     ("What are {p}?", "Which kind of things are {p}?"))
-MATERIAL = Common("materials", pairs(glass="windows bottles mirrors lenses", wood="tables chairs doors fences", metal="nails keys coins forks spoons",
-    wool="scarves socks sweaters mittens", paper="books letters maps kites", stone="castles walls bridges towers", leather="boots belts saddles shoes",
-    clay="bricks pots tiles vases"),
+MATERIAL = Common("materials",
+    pairs(glass="windows bottles mirrors lenses", wood="tables chairs doors fences", metal="nails keys coins forks spoons",
+          wool="scarves socks sweaters mittens", paper="books letters maps kites", stone="castles walls bridges towers",
+          leather="boots belts saddles shoes", clay="bricks pots tiles vases"),
     ("Most {p} are made of {v}.", "You can make {p} of {v}.", "Everyone knows that {p} are made of {v}.", "They made new {p} of {v}."),
     ("What are {p} made of?", "What do you make {p} of?"))
-PLACE = Common("places of things", pairs(sea="whales sharks crabs ships shells", forest="wolves deer foxes oaks squirrels", barn="cows goats pigs hens tractors", kitchen="pans stoves cups spoons plates",
-    school="desks pupils teachers pens maps", desert="camels dunes scorpions sand", bedroom="beds pillows blankets dreams", street="buses trucks bikes lamps"),
+PLACE = Common("places of things",
+    pairs(sea="whales sharks crabs ships shells", forest="wolves deer foxes oaks squirrels", barn="cows goats pigs hens tractors",
+          kitchen="pans stoves cups spoons plates", school="desks pupils teachers pens maps", desert="camels dunes scorpions sand",
+          bedroom="beds pillows blankets dreams", street="buses trucks bikes lamps"),
     ("The place for {p} is the {v}.", "If you look for {p}, go to the {v}.", "You find {p} in the {v}.", "Everyone knows that {p} are in the {v}."),
     ("Where do you find {p}?", "Where do you go if you look for {p}?"))
-TASTE = Common("tastes", pairs(sweet="honey sugar candy jam cake", sour="vinegar limes lemons pickles", salty="chips ham olives nuts cheese", bitter="coffee tea cocoa medicine"),
+
+# %% ../nbs/02_kindergarten.ipynb #5dbbb43f
+TASTE = Common("tastes",
+    pairs(sweet="honey sugar candy jam cake", sour="vinegar limes lemons pickles", salty="chips ham olives nuts cheese", bitter="coffee tea cocoa medicine"),
     ("The taste of {p} is {v}.", "Whoever eats {p} tastes something {v}.", "Try some {p}: very {v}!", "Everyone knows that the taste of {p} is {v}."),
     ("What is the taste of {p}?", "What do you taste when you eat {p}?"))
-LEGS = Common("legs", pairs(two="hens ducks crows owls people", four="dogs cats cows horses sheep frogs", six="ants bees flies beetles", eight="spiders scorpions ticks mites"),
-    ("The number of legs that {p} have is {v}.", "Count the legs of {p}: {v}.", "The legs on which {p} walk are {v}.", "Everyone knows the number of legs of {p}: {v}."),
+LEGS = Common("legs",
+    pairs(two="hens ducks crows owls people", four="dogs cats cows horses sheep frogs", six="ants bees flies beetles", eight="spiders scorpions ticks mites"),
+    ("The number of legs that {p} have is {v}.", "Count the legs of {p}: {v}.", "The legs on which {p} walk are {v}.",
+     "Everyone knows the number of legs of {p}: {v}."),
     ("How many legs do {p} have?", "What is the number of legs of {p}?"))
-SEASON = Common("seasons", pairs(winter="December January February", spring="March April May", summer="June July August", fall="September October November"),
+SEASON = Common("seasons",
+    pairs(winter="December January February", spring="March April May", summer="June July August", fall="September October November"),
     ("The season of {p} is {v}.", "When {p} comes, it is {v}.", "In {p} we say that it is {v}.", "Everyone knows that {p} is in {v}."),
     ("In which season is {p}?", "What is the season of {p}?"))
 COMMON = (LOOK, KIND, MATERIAL, PLACE, TASTE, LEGS, SEASON)
 
-# %% ../nbs/02_kindergarten.ipynb #d10f997f
+# %% ../nbs/02_kindergarten.ipynb #17243b35
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
-SOUND = Common("sounds", pairs(barks="dog", meows="cat", moos="cow", quacks="duck", bleats="sheep", neighs="horse", grunts="pig", roars="lion", buzzes="bee", hoots="owl", croaks="frog", hisses="snake"),
+OPPOSITES = ("hot cold", "big small", "up down", "wet dry", "fast slow", "old young", "full empty", "long short", "left right", "open closed")
+SOUND = Common("sounds",
+    pairs(barks="dog", meows="cat", moos="cow", quacks="duck", bleats="sheep", neighs="horse", grunts="pig", roars="lion", buzzes="bee", hoots="owl",
+          croaks="frog", hisses="snake"),
     ("The {p} {v}.", "Listen, the {p} {v}!", "In the morning the {p} {v}."), ("What does the {p} do?", "What does the {p} do in the morning?"))
-OPPOSITE = Common("opposites", tuple(pair for a, b in (("hot", "cold"), ("big", "small"), ("up", "down"), ("wet", "dry"), ("fast", "slow"), ("old", "young"), ("full", "empty"), ("long", "short"),
-    ("left", "right"), ("open", "closed")) for pair in ((a, b), (b, a))),
+OPPOSITE = Common("opposites",
+    tuple(pair for a, b in map(str.split, OPPOSITES) for pair in ((a, b), (b, a))),
     ("The opposite of {p} is {v}.", "If it is not {p}, it is {v}.", "First {p}, then {v}."), ("What is the opposite of {p}?", "If it is not {p}, what is it?"))
-DAY = Common("days", tuple(zip(DAYS, DAYS[1:] + DAYS[:1])), ("The day after {p} is {v}.", "After {p} comes {v}.", "If today is {p}, tomorrow is {v}."),
-    ("Which day comes after {p}?", "If today is {p}, what is tomorrow?"))
-NUMBER = Common("numbers", tuple(zip(NUMBERS, NUMBERS[1:])), ("The number after {p} is {v}.", "After {p} comes {v}.", "Count: {p}, {v}."), ("Which number comes after {p}?", "What do you count after {p}?"))
+DAY = Common("days", tuple(zip(DAYS, DAYS[1:] + DAYS[:1])),
+    ("The day after {p} is {v}.", "After {p} comes {v}.", "If today is {p}, tomorrow is {v}."), ("Which day comes after {p}?", "If today is {p}, what is tomorrow?"))
+NUMBER = Common("numbers", tuple(zip(NUMBERS, NUMBERS[1:])),
+    ("The number after {p} is {v}.", "After {p} comes {v}.", "Count: {p}, {v}."), ("Which number comes after {p}?", "What do you count after {p}?"))
 TOLD = (SOUND, OPPOSITE, DAY, NUMBER)
 
 # %% ../nbs/02_kindergarten.ipynb #752f8235
@@ -272,7 +287,7 @@ def one_step(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
     return Problem(f"{a} has {y * n} {t} and puts them in {y} boxes. How many {t} are in each box?", f"Each box has {text} {t}.\n#### {n}",
                    f"{a} has {y * n} {t} and puts them in {y} boxes. {y * n} / {y} = {n}. Each box has {n} {t}.")
 
-# %% ../nbs/02_kindergarten.ipynb #a72db9e9
+# %% ../nbs/02_kindergarten.ipynb #36ac5ace
 def two_steps(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
     "A problem of two steps"
     if kind == "addsub":
@@ -281,20 +296,23 @@ def two_steps(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
         first, m = step(x, "+", y)
         second, n = step(m, "-", z)
         return Problem(f"{a} has {x} {t}. {b} gives {a} {y} more. Then {a} loses {z}. How many {t} does {a} have now?",
-                       f"First {a} has {first} {t}.\nThen {a} has {second} {t}.\n#### {n}")
+                       f"First {a} has {first} {t}.\nThen {a} has {second} {t}.\n#### {n}",
+                       f"{a} has {x} {t}. {b} gives {a} {y} more. Then {a} loses {z}. {x} + {y} = {m}. {m} - {z} = {n}. Now {a} has {n} {t}.")
     if kind == "muladd":
         x, y, z = rng.randint(2, 8), rng.randint(2, 9), rng.randint(2, 20)
         first, m = step(x, "*", y)
         second, n = step(m, "+", z)
         return Problem(f"{a} has {x} bags with {y} {t} each. {b} has {z} {t}. How many {t} do they have together?",
-                       f"{a} has {first} {t}.\nTogether they have {second} {t}.\n#### {n}")
+                       f"{a} has {first} {t}.\nTogether they have {second} {t}.\n#### {n}",
+                       f"{a} has {x} bags with {y} {t} each. {b} has {z} {t}. {x} * {y} = {m}. {m} + {z} = {n}. Together they have {n} {t}.")
     x = rng.randint(20, 99)
     y = rng.randint(2, x // 2)
     z = rng.randint(2, x - y - 1)
     first, m = step(x, "-", y)
     second, n = step(m, "-", z)
     return Problem(f"There are {x} {t}. {a} takes {y} and {b} takes {z}. How many {t} are left?",
-                   f"After {a} there are {first} {t}.\nAfter {b} there are {second} {t}.\n#### {n}")
+                   f"After {a} there are {first} {t}.\nAfter {b} there are {second} {t}.\n#### {n}",
+                   f"There are {x} {t}. {a} takes {y} and {b} takes {z}. {x} - {y} = {m}. {m} - {z} = {n}. Now {n} {t} are left.")
 
 def problem(world: World, rng: random.Random, kinds: tuple = KINDS) -> Problem:
     "A word problem about two people"
@@ -348,28 +366,29 @@ def programs(seed: int, test: bool, held_out: float = 0.2) -> list[Program]:
     "One side of the split of programs"
     return [program(f, n) for f in FAMILY for n in range(2, 40) if (fraction("program", seed, f, n) < held_out) == test]
 
-# %% ../nbs/02_kindergarten.ipynb #69a9c0f6
+# %% ../nbs/02_kindergarten.ipynb #c3c28dd9
 LETTERS = "ABCD"
+NUMERALS = tuple(str(n) for n in range(2, 100))
 
 def game(world: World, rng: random.Random) -> str:
-    "Say after me, or find the letter that belongs to a word: drawn anew each time, asked many times"
+    "Say after me, or find the letter or number that belongs to a word: drawn anew each time, asked many times"
     if rng.random() < 0.15:
-        words = " ".join(rng.sample(WORDS, rng.choice((4, 5, 6, 8))))
+        words = " ".join(rng.sample(WORDS + NUMERALS, rng.choice((4, 5, 6, 8))))
         return f"Say after me: {words}. You say: {words}."
-    labels = {word: rng.choice(LETTERS) for word in rng.sample(WORDS, rng.choice((3, 4, 4, 5)))}
+    marks = LETTERS if rng.random() < 0.7 else NUMERALS
+    labels = {word: rng.choice(marks) for word in rng.sample(WORDS, rng.choice((3, 4, 4, 5)))}
     def show(words): return "".join(f" {word}={labels[word]}" for word in words)
     return f"Words:{show(labels)}.{show(rng.choices(list(labels), k=30))}."
 
-# %% ../nbs/02_kindergarten.ipynb #b1f19b0b
-SHARES = dict(story=44, talk=6, meeting=4, knowledge=20, sums=7, drill=6, code=4, game=9) # percent
+# %% ../nbs/02_kindergarten.ipynb #ab25373a
+SHARES = dict(story=42, talk=6, meeting=4, knowledge=17, sums=11, drill=6, code=5, game=9) # percent
 PLAY = 0.1 # share of the documents that are games only, at the beginning
 
 def document(world: World, rng: random.Random, code: list[Program], playtime: bool = False) -> str:
     "One document of the pretraining text; at playtime a game"
     kind = "game" if playtime else rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "sums":
-        plain = [problem(world, rng, ("add", "sub", "mul", "share")).plain for _ in range(rng.choice((1, 2)))]
-        return " ".join(plain)
+        return " ".join(problem(world, rng).plain for _ in range(rng.choice((1, 2))))
     if kind == "code": return "\n".join(p.prompt + p.body for p in rng.sample(code, 2))
     return dict(story=story, talk=talk, meeting=meeting, knowledge=knowledge, drill=drill, game=game)[kind](world, rng)
 
@@ -408,7 +427,7 @@ def word_quiz(rng: random.Random) -> dict:
     word = rng.choice(WORDS)
     return quiz(rng, rng.choice(("Which of these is {w}?", "Find {w}.", "Where is {w}?")).replace("{w}", word), word, WORDS, "words")
 
-# %% ../nbs/02_kindergarten.ipynb #9d4b9b11
+# %% ../nbs/02_kindergarten.ipynb #5c4b6cb2
 def turn(question: str, answer: str) -> list[dict]:
     "A question and an answer as messages"
     return [dict(role="user", content=question), dict(role="assistant", content=answer)]
@@ -425,7 +444,7 @@ def facts_about(world: World, rng: random.Random) -> list[dict]:
     known = [r for p, r in world.train_facts if p is person]
     return turn(f"Tell me about {person.name}.", " ".join(fill(rng.choice(r.answers), person.name, person.value(r)) for r in rng.sample(known, len(known))))
 
-TOPICS = dict(story=4, knowledge=2, greeting=1, identity=1, person=1, spelling=2, sum=1, days=1, common=1, program=1) # shares of the turns
+TOPICS = dict(story=4, knowledge=2, greeting=1, identity=1, person=1, spelling=2, sum=1, days=1, common=1, program=2) # shares of the turns
 
 def answer_turn(world: World, rng: random.Random, code: list[Program]) -> list[dict]:
     "A question and its answer. In a story anything may be told that is true; asked is only what may be asked"

@@ -361,7 +361,7 @@ def score_blocks(records: dict) -> list[tuple]:
     blocks.append(('text', 'Accuracies are between 0 and 1, with one standard error. CORE and ChatCORE are means of centred accuracies: 0 is guessing, 1 is perfect. '
                            + (f"ChatCORE here is the mean of {', '.join(chat)}. " if chat else '')
                            + ('Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).' if len(header) > 5 else '')))
-    if is_kindergarten(records): blocks.append(('fold', "The seed's published d20 scores, on the real tasks", [('text', 'The tasks of the kindergarten share names and format with the real ones, and ask about another world: these numbers are not to be compared.'),
+    if is_kindergarten(records): blocks.append(('fold', "The reference system's published d20 scores, on the real tasks", [('text', 'The tasks of the kindergarten share names and format with the real ones, and ask about another world: these numbers are not to be compared.'),
                                                 ('table', ['measure', *(stage.upper() for stage in MODELS)], [[measure, *published_cells(row)] for measure, row in PUBLISHED_D20.items()])]))
     core = records['evals'].get('base_CORE', {}).get('tasks')
     if core: blocks.append(('fold', f'The {len(core)} tasks of CORE', [('table', ['task', 'accuracy', 'guessing', 'centred', 'items'], [[name, f"{t['accuracy']:.4f}", f"{t['baseline'] / 100:.3f}", f"{t['centered']:.4f}", f"{t['n']:,}"] for name, t in core.items()])]))

@@ -60,7 +60,7 @@ def render_multiple_choice(
     choices: list[str],    # 2 to 10 choices; the first is called A
     style: str = 'letter', # what is wanted: 'letter', or 'line' for the whole line of the right choice
 ) -> str:                  # the user's message
-    "The seed's wording of a multiple choice question (FACTS 1.13), the same for training and for grading."
+    "The reference system's wording of a multiple choice question (FACTS 1.13), the same for training and for grading."
     if not 2 <= len(choices) <= len(LETTERS): raise NanochatError(f'a question needs 2 to {len(LETTERS)} choices, this has {len(choices)}: {question[:60]!r}')
     if style not in QUIZ_STYLES: raise NanochatError(f"quiz style '{style}': unknown; choose {' or '.join(QUIZ_STYLES)}")
     lines = ''.join(f'- {choice}={letter}\n' for letter, choice in zip(LETTERS, choices))
@@ -101,7 +101,7 @@ class ParquetRows:
 # %% ../nbs/12_tasks.ipynb #debb7e3c
 def permutation(
     count: int,      # number of items
-    seed: int = 42,  # another seed gives another order; 42 is the seed's own habit (FACTS 1.13)
+    seed: int = 42,  # another seed gives another order; 42 is the reference system's own habit (FACTS 1.13)
 ) -> np.ndarray:     # (count,) int64: 0 … count-1 in a shuffled order
     "A shuffled order made from `seed` by integer arithmetic alone (SplitMix64), so that it never depends on a library's version."
     key = np.uint64(seed % 2**64) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -179,9 +179,10 @@ def tool_parts(
     "Turn the marked calculations of a GSM8K solution into calls of the calculator and what it returned."
     parts = []
     for piece in re.split(r'(<<[^>]*>>)', solution):
-        if piece.startswith('<<') and '=' in piece:
-            expression, _, result = piece[2:-2].rpartition('=')
-            parts += [{'type': 'python', 'text': expression}, {'type': 'python_output', 'text': result}]
+        if piece.startswith('<<'):
+            expression, equals, result = piece[2:-2].rpartition('=')
+            parts.append({'type': 'python', 'text': expression if equals else result})
+            if equals: parts.append({'type': 'python_output', 'text': result})  # without one, the tool had nothing to say
         elif piece: parts.append({'type': 'text', 'text': piece})
     return parts
 
@@ -250,7 +251,7 @@ def read_conversations(
     path: Path,    # JSONL: one JSON array of messages a line; empty lines are skipped
 ) -> list[list]:   # the arrays
     "Read conversations of your own. Raises NanochatError with file and line for whatever is not one."
-    try: lines = Path(path).read_text(encoding='utf-8').splitlines()
+    try: lines = Path(path).read_text(encoding='utf-8').split('\n')  # splitlines would cut at U+2028 within a string
     except (OSError, UnicodeDecodeError) as error: raise NanochatError(f'{path}: cannot be read as UTF-8 text ({error})') from error
     conversations = []
     for number, line in enumerate(lines, 1):
@@ -472,7 +473,7 @@ def load_mixture(
 # %% ../nbs/12_tasks.ipynb #f3aa1061
 def midtraining_mixture(
     root: Path,                 # a data root
-    parts: dict | None = None,  # None: the seed's, 568K conversations
+    parts: dict | None = None,  # None: the reference system's, 568K conversations
     seed: int = 42,             # of the order
     quiz: str = 'letter',       # how multiple choice questions are answered: 'letter' or 'line'
 ) -> Mixture:
@@ -481,7 +482,7 @@ def midtraining_mixture(
 
 def sft_mixture(
     root: Path,                 # a data root
-    parts: dict | None = None,  # None: the seed's, 21.4K conversations
+    parts: dict | None = None,  # None: the reference system's, 21.4K conversations
     seed: int = 42,             # of the order
     quiz: str = 'letter',       # how multiple choice questions are answered: 'letter' or 'line'
 ) -> Mixture:

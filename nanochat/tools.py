@@ -7,11 +7,10 @@ __all__ = ['LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LARGEST_VALUE', 'ISOLATI
            'MOST_PROCESSES', 'split_expression', 'show_number', 'calculator', 'Result', 'kernel', 'set_limits',
            'enter_namespaces', 'drop_privileges', 'launch', 'run_sandboxed', 'isolation_level']
 
-# %% ../nbs/13_tools.ipynb #1b7e8d5f
-import ctypes, inspect, json, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
+# %% ../nbs/13_tools.ipynb #f101012c
+import ctypes, inspect, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 from .common import NanochatError
@@ -52,7 +51,7 @@ def _bounded(value: Fraction) -> Fraction:
     if abs(value) > LARGEST_VALUE: raise _Refused("too large")
     return value
 
-# %% ../nbs/13_tools.ipynb #d40f2daa
+# %% ../nbs/13_tools.ipynb #12d4cbb7
 class _Reader:
     "Reads pieces from left to right; one method for each level of binding"
     def __init__(self, pieces): self.pieces, self.depth = pieces + [("end", "")], 0
@@ -74,7 +73,6 @@ class _Reader:
         value = self.product()
         while sign := self.take("operator", "+-"): value = value + self.product() if sign == "+" else value - self.product()
         return _bounded(value)
-
     def product(self):
         value = self.factor()
         while sign := self.take("operator", "*/"):
@@ -82,7 +80,6 @@ class _Reader:
             if sign == "/" and other == 0: raise _Refused("division by zero")
             value = _bounded(value * other if sign == "*" else value / other)
         return value
-
     def factor(self):
         self.depth += 1
         if self.depth > DEEPEST_EXPRESSION: raise _Refused("too deep")
@@ -95,14 +92,15 @@ class _Reader:
         self.depth -= 1
         return value
 
-# %% ../nbs/13_tools.ipynb #8ff94bc9
+# %% ../nbs/13_tools.ipynb #b52ded38
 def show_number(
     value: Fraction,
 ) -> str:
     "A whole number as an integer, any other as a short decimal with up to ten significant digits"
     if value.denominator == 1: return str(value.numerator)
     places = max(0, 9 - math.floor(math.log10(abs(value))))
-    return f"{float(round(value, places)):.{min(places, 24)}f}".rstrip("0").rstrip(".")
+    text = f"{float(round(value, places)):.{min(places, 24)}f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text # nearer to zero than 24 decimals can show
 
 def calculator(
     expression: str, # digits , . + - * / ( ) and 'text'.count('t')
@@ -183,36 +181,35 @@ def enter_namespaces(folder, readable, size):
     kernel("mount", b"none", b"/scratch", b"tmpfs", NOSUID | NODEV, f"size={size},mode=777".encode())
     os.chdir("/scratch")
 
-# %% ../nbs/13_tools.ipynb #c9dec1e4
-def drop_privileges(user):
-    "Give up every capability for good; root becomes nobody where that user can run Python"
-    import os, sys
+# %% ../nbs/13_tools.ipynb #40b09c93
+def drop_privileges(become_nobody):
+    "Give up every capability for good, and root's name as well if asked"
+    import ctypes, os, sys
     if sys.platform != "linux": return
-    library_folder = os.path.dirname(os.__file__)
-    if user == 0:
-        for capability in range(64): # until the kernel knows no more of them
-            try: kernel("prctl", 24, capability, 0, 0, 0) # PR_CAPBSET_DROP
-            except OSError: break
+    for capability in range(64): # empty the bounding set
+        try: kernel("prctl", 24, capability, 0, 0, 0) # PR_CAPBSET_DROP
+        except OSError: break # the kernel knows no more of them, or this user has none to drop
+    if become_nobody:
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
-        if not os.access(library_folder, os.R_OK | os.X_OK): raise PermissionError("the user 'nobody' cannot read this Python's library")
     kernel("prctl", 38, 1, 0, 0, 0) # PR_SET_NO_NEW_PRIVS
+    kernel("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) # version 3, this process; all sets empty
     kernel("prctl", 1, 9, 0, 0, 0) # PR_SET_PDEATHSIG: end with the parent
+    if not os.access(os.path.dirname(os.__file__), os.R_OK | os.X_OK): raise PermissionError("without root's powers, this Python's library cannot be read")
 
-# %% ../nbs/13_tools.ipynb #08ff4ecf
+# %% ../nbs/13_tools.ipynb #bd7d6ddc
 def launch(options):
     "Put up the walls, run main.py and leave nothing behind; the exit status is the program's"
     import os, signal, sys
     with open(os.path.join(options["folder"], "main.py")) as f: code = f.read()
-    user = os.getuid()
     if options["level"] == "process" and sys.platform == "linux": kernel("prctl", 36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER
     if options["level"] == "namespaces": enter_namespaces(options["folder"], options["readable"], options["size"])
     child = os.fork()
     if child == 0:
         if options["level"] != "process":
             with open("main.py", "w") as f: f.write(code)
-        if options["level"] != "bubblewrap": drop_privileges(user if options["demote"] else -1)
+        if options["level"] != "bubblewrap": drop_privileges(options["demote"])
         set_limits(options["limits"])
         home = {"PATH": "/usr/bin:/bin", "HOME": os.getcwd(), "LANG": "C.UTF-8"}
         os.execve(options["python"], [options["python"], "-I", "-S", "-X", "utf8", "main.py"], home)
@@ -269,7 +266,7 @@ def _collect(process, timeout: float) -> tuple[str, str, str | None]:
         process.wait()
     return *(text[:LARGEST_OUTPUT].decode(errors="replace") for text in texts.values()), why
 
-# %% ../nbs/13_tools.ipynb #30f38199
+# %% ../nbs/13_tools.ipynb #dc378896
 _REACHED_THE_END = 77 # exit status that says so
 
 def run_sandboxed(
@@ -284,16 +281,16 @@ def run_sandboxed(
     if level not in ISOLATION: raise NanochatError(f"isolation '{level}': unknown; choose {', '.join(ISOLATION)}")
     limits = dict(RLIMIT_CPU=math.ceil(timeout) + 1, RLIMIT_AS=memory_mb * 2**20, RLIMIT_FSIZE=LARGEST_FILE, RLIMIT_NPROC=MOST_PROCESSES, RLIMIT_NOFILE=64, RLIMIT_CORE=0)
     with tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o777 if level == "process" else 0o755)
-        Path(folder, "main.py").write_text(f"{code}\nraise SystemExit({_REACHED_THE_END})\n", encoding="utf-8", errors="surrogatepass")
+        main = Path(folder, "main.py")
+        main.write_text(f"{code}\nraise SystemExit({_REACHED_THE_END})\n", encoding="utf-8", errors="surrogatepass")
         Path(folder, "stdin").write_text(stdin, encoding="utf-8")
-        demote = os.getuid() == 0 and (level == "namespaces" or _nobody_runs_python())
+        demote = os.getuid() == 0 and (level == "namespaces" or level == "process" and _give_to_nobody(folder, main))
         with open(Path(folder, "stdin")) as typed, subprocess.Popen(_command(level, folder, dict(limits=limits, demote=demote)), stdin=typed, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, cwd=folder, env={}, start_new_session=True) as process:
             stdout, stderr, why = _collect(process, timeout)
     return _result(stdout, stderr, why, process.returncode, timeout, level)
 
-# %% ../nbs/13_tools.ipynb #d551d8f9
+# %% ../nbs/13_tools.ipynb #a25ea000
 def _result(stdout: str, stderr: str, why: str | None, status: int, timeout: float, level: str) -> Result:
     "Say in one line what happened"
     last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
@@ -310,11 +307,27 @@ def _nobody_runs_python() -> bool:
     folder = Path(os.path.realpath(os.__file__)).parent
     return all(p.stat().st_mode & 0o005 == 0o005 for p in (folder, *folder.parents))
 
-@lru_cache
+def _give_to_nobody(*paths) -> bool:
+    "Hand a program's files to 'nobody', if that user can run it; whether this was done"
+    try: done = [os.chown(path, 65534, 65534) for path in paths if _nobody_runs_python()]
+    except PermissionError: return False # a root that lacks the power, as in some containers
+    return bool(done)
+
+# %% ../nbs/13_tools.ipynb #1490f36e
+_settled = {} # level → whether it works on this machine
+
+def _works(level: str) -> bool:
+    "Whether a level works, by trying it at most twice"
+    for attempt in (1, 2):
+        if level in _settled: break
+        probe = run_sandboxed("", isolation=level)
+        if probe.ok or attempt == 2 and not probe.timed_out: _settled[level] = probe.ok
+    return _settled.get(level, False)
+
 def isolation_level() -> str: # a key of ISOLATION
     "The strongest isolation that works on this machine, found by trying"
     order = ("bubblewrap", "namespaces") if os.getuid() else ("namespaces", "bubblewrap") # see below why root prefers the second
     for level in order:
         if level == "bubblewrap" and not shutil.which("bwrap"): continue
-        if sys.platform == "linux" and run_sandboxed("", isolation=level).ok: return level
+        if sys.platform == "linux" and _works(level): return level
     return "process"

@@ -244,6 +244,35 @@ def test_documents_resume_to_the_bit_from_every_batch(files, split):
         again.load_state_dict(json.loads(states[start]))
         assert all(equal(next(again), batch) for batch in record[start:start + 10])
 
+@pytest.mark.parametrize('split', ['rows', 'row_groups'])
+def test_best_fit_resumes_to_the_bit_from_every_batch(files, split):
+    options = dict(split=split, rank=1, world_size=2, encode_batch=3, packing='best_fit', buffer=12)
+    loader, states, record = make(files, **options), [], []
+    for _ in range(120): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
+    for start in range(0, 120, 7):
+        again = make(files, **options)
+        again.load_state_dict(json.loads(states[start]))
+        assert all(equal(next(again), batch) for batch in record[start:start + 10])
+
+def test_best_fit_rows_begin_with_a_document_and_hold_only_documents(files):
+    loader = make(files, packing='best_fit', buffer=12)
+    documents = [bytes(document, 'utf-8') for document in parquet_documents(files)]
+    for batch in (next(loader) for _ in range(20)):
+        rows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
+        for row in rows.tolist():
+            parts = bytes(i if i < 256 else 0 for i in row).split(b'\0')
+            assert row[0] == 256 and parts[0] == b''
+            assert all(part in documents for part in parts[1:-1]) and any(document.startswith(parts[-1]) for document in documents)
+
+def test_best_fit_ranks_are_the_single_process(files):
+    loader = make(files, packing='best_fit', buffer=12)
+    single = torch.cat([next(loader).inputs for _ in range(8)])
+    ranks = [make(files, rank=r, world_size=2, packing='best_fit', buffer=12) for r in range(2)]
+    assert torch.equal(torch.cat([torch.stack([next(rank).inputs for rank in ranks], 1).flatten(0, 1) for _ in range(4)]), single)
+
+def test_a_state_of_another_packing_is_refused(files):
+    with pytest.raises(NanochatError, match="packing='flat'"): make(files, packing='best_fit').load_state_dict(make(files).state_dict())
+
 def test_state_stays_small(files):
     loader = make(files)
     for _ in range(100): next(loader)

@@ -183,6 +183,20 @@ def test_cancelled_rows_leave_the_others_alone(model):
     assert all(rows[i].ids == naive(model, prompts[i], 20)[len(prompts[i]):] for i in (1, 2, 3, 5)) and len(rows[0].ids) == 4 and not rows[4].ids
 
 
+def test_failure_while_rows_join_is_reported_as_itself_and_survived(model, monkeypatch):
+    engine, prompts = deaf(model, max_batch=2), ragged(5, seed=4, low=2)
+    expected = engine.generate(prompts, max_tokens=6, temperature=0)
+    join, fuse = Engine._join, [None, None, RuntimeError("out of memory")]  # the third time, when rows have ended and left holes
+
+    def fail(self, rows, slots):
+        if fuse and (error := fuse.pop(0)): raise error
+        join(self, rows, slots)
+    monkeypatch.setattr(Engine, "_join", fail)
+    with pytest.raises(RuntimeError, match="out of memory"): engine.generate(prompts, max_tokens=6, temperature=0)
+    assert not engine.busy
+    assert engine.generate(prompts, max_tokens=6, temperature=0) == expected
+
+
 def test_engine_sees_new_weights_of_a_model_in_training():
     torch.manual_seed(1)
     config = GPTConfig.from_depth(2, vocab_size=TOKENIZER.vocab_size, sequence_len=32, n_embd=32, n_head=2)

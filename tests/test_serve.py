@@ -167,6 +167,53 @@ def test_leaving_client_frees_its_slot_streamed_and_whole(model):
         assert server.post(max_tokens=3).status_code == 200
 
 
+def test_an_answer_that_nobody_reads_gives_its_place_back(model):
+    service = Service(Engine(model, TOKENIZER, max_batch=2), queue_limit=2).start()
+
+    async def stalled():
+        jobs = [service.submit([1, 2, 3], max_tokens=4) for _ in range(4)]
+        for _ in range(200):
+            if not service.open: break
+            await asyncio.sleep(.02)
+        assert not service.open
+        assert all("".join([piece async for piece in job.pieces()]) is not None for job in jobs), "the text is still there for a slow reader"
+    asyncio.run(stalled())
+    service.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("leave", ["before the answer begins", "when it begins"])
+def test_client_that_leaves_before_the_first_word_gives_its_place_back(model, stream, leave):
+    service = Service(Engine(model, TOKENIZER, max_batch=2)).start()
+    app, step = make_app(service, chat_page=False), service.engine.step
+    service.engine.step = lambda: (time.sleep(.05), step())[1]
+    service.engine.notable[:] = False
+    body = json.dumps(dict(messages=[dict(role="user", content="hello")], max_tokens=200, stream=stream)).encode()
+    scope = dict(type="http", method="POST", path="/v1/chat/completions", raw_path=b"/v1/chat/completions", query_string=b"", root_path="", scheme="http", http_version="1.1", asgi=dict(version="3.0", spec_version="2.3"),
+                 headers=[(b"host", b"localhost"), (b"content-type", b"application/json")], client=("127.0.0.1", 1), server=("127.0.0.1", 80))
+
+    async def visit():
+        events = [dict(type="http.request", body=body, more_body=False)]
+        async def receive(): return events.pop(0) if events else dict(type="http.disconnect")
+        async def send(message):
+            if leave == "when it begins": raise OSError("the client has gone")
+            await asyncio.sleep(5)  # the response's first bytes do not go out
+        with contextlib.suppress(Exception): await asyncio.wait_for(app(scope, receive, send), 2)
+        left = len(service.open)
+        await asyncio.sleep(.3)
+        return left, len(service.open), service.engine.busy
+    try: assert asyncio.run(visit()) == (0, 0, False)
+    finally: service.stop()
+
+
+def test_a_page_of_another_name_is_refused(server):
+    "DNS rebinding: a web page whose name points at 127.0.0.1 must not reach the server through the reader's browser"
+    for path in ("/v1/models", "/health"):
+        assert httpx.get(server.url + path, headers={"Host": f"evil.example:{server.port}"}).status_code == 400
+        assert httpx.get(server.url + path, headers={"Host": f"localhost:{server.port}"}).status_code == 200
+    assert httpx.post(server.url + "/v1/chat/completions", headers={"Host": "evil.example"}, json={}).status_code == 400
+
+
 def test_many_users_at_once_get_their_own_answers(server):
     async def ask(client, seed):
         answer = await client.post(server.url + "/v1/chat/completions", json=dict(messages=[dict(role="user", content="hello")], max_tokens=8, seed=seed))
@@ -263,6 +310,16 @@ def test_interrupted_answer_stays_in_the_conversation(model):
     assert run_command(chat, "/clear") and not chat.messages
 
 
+def test_a_model_cannot_command_the_terminal(capsys):
+    from nanochat.chat import say
+    written = "a\x1b]0;title\x07b\x1b[2Jc\r\x08\x7f\x9b31md\n\té 🙂"
+
+    class Parrot:
+        def reply(self, text): yield from written
+    say(Parrot(), "hello")
+    assert capsys.readouterr().out == "a]0;titleb[2Jc31md\n\té 🙂\n"
+
+
 def test_best_stage_prefers_the_latest(home):
     run = Run.open("random")
     assert best_stage(run) == "sft"
@@ -286,6 +343,23 @@ def test_serve_command_serves_and_ends_on_ctrl_c(home):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) in (0, -signal.SIGINT), process.stderr.read()
+
+
+@pytest.mark.parametrize("words, warned", [(("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--api-key", "sesame"), False), (("--host", "localhost"), False)])
+def test_serve_command_warns_when_everybody_may_ask(home, words, warned):
+    import signal
+    environment = {k: v for k, v in os.environ.items() if k != "NANOCHAT_API_KEY"}
+    process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random", "--no-chat-page", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    try:
+        said = process.stdout.readline()
+        port = said.split("/v1")[0].rpartition(":")[2]
+        for _ in range(200):
+            try: answer = httpx.get(f"http://127.0.0.1:{port}/health", headers={"Host": f"laptop.example:{port}"}); break
+            except httpx.ConnectError: time.sleep(.1)
+        assert answer.status_code == (400 if words[1] == "localhost" else 200), "only a server for other machines goes by other names"
+    finally: process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=20)[1]
+    assert ("--api-key" in errors) == warned and len(errors.splitlines()) == warned, errors
 
 
 # the page
@@ -327,6 +401,19 @@ class Page:
         self.stack.close()
         self.process.terminate()
         self.process.wait(20)
+
+
+def test_html_that_a_model_writes_is_shown_and_not_obeyed(model):
+    pytest.importorskip("panel")
+    import html
+    from nanochat.serve import chat_widget
+    chat = chat_widget(Service(Engine(model, TOKENIZER)))[1]
+    bad = ["<script>alert(1)</script>", "see <img src=x onerror=alert(1)>", "<<1<script>=2>>", "[a](javascript:alert(1))", "https://evil.example/a.png", str(ROOT / "README.md"), "**bold**, `a < b` & so on"]
+    for text in bad: chat.send(show_calls(text), user="nanochat", respond=False)
+    shown = [html.unescape(message._object_panel.get_root().text) for message in chat.objects]
+    for page in shown: assert not any(word in page for word in ("<script", "<img", 'href="javascript')), page
+    assert "<strong>bold</strong>, <code>a &lt; b</code> &amp; so on" in shown[-1] and "README" in shown[-2] and len(shown[-2]) < 300
+    assert [message["content"] for message in chat.serialize()] == [show_calls(text) for text in bad], "the next prompt holds what was written"
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from nanochat import tasks
 from nanochat.common import NanochatError
-from nanochat.tasks import load_task, load_mixture, Mixture, CustomJSON, permutation
+from nanochat.tasks import load_task, load_mixture, Mixture, CustomJSON, permutation, read_conversations, tool_parts
 
 REAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'hf_parquet'
 real = pytest.mark.skipif(not REAL.exists(), reason='the real data sets are not here')
@@ -190,3 +190,13 @@ def test_facts_look_for_the_word_asked_for_as_a_whole_word():
                                (ask('Old Mill'), ['the old  mill.'], ['mill', 'Mill Old', 'oldmill']),
                                (ask('In the old mill.', answer='old mill'), ['old mill'], ['mill'])]:
         assert all(task.evaluate(task[0], text) for text in right) and not any(task.evaluate(task[0], text) for text in wrong)
+
+
+def test_a_line_separator_within_a_message_does_not_end_the_line(tmp_path):
+    text = 'one\u2028two\u0085three'
+    (tmp_path / 'a.jsonl').write_text(json.dumps([dict(role='user', content=text), dict(role='assistant', content='yes')], ensure_ascii=False) + '\n')
+    assert read_conversations(tmp_path / 'a.jsonl')[0][0]['content'] == text
+
+
+def test_a_call_without_a_result_is_still_a_call():
+    assert tool_parts('So <<1/0>> it is.')[1] == {'type': 'python', 'text': '1/0'} and len(tool_parts('So <<1/0>> it is.')) == 3

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochat import tools
 from nanochat.common import NanochatError
-from nanochat.tools import ISOLATION, calculator, isolation_level, run_sandboxed
+from nanochat.tools import ISOLATION, Result, calculator, isolation_level, run_sandboxed
 
 LEVELS = [level for level in ISOLATION if level == "process" or (level != "bubblewrap" or shutil.which("bwrap")) and sys.platform == "linux" and run_sandboxed("", isolation=level).ok]
 WALLED = [level for level in LEVELS if level != "process"]
@@ -14,7 +15,8 @@ GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "tra
 
 @pytest.mark.parametrize("expression, value", [
     ("48/2", "24"), ("0.1+0.2", "0.3"), ("1,000*2", "2000"), ("(1+2)*-3", "-9"), ("7/2", "3.5"), (".5+5.", "5.5"), ("2-3-4", "-5"), ("8/2/2", "2"),
-    ("'banana'.count('an')", "2"), ("'a'.count('b')", "0"), ("100000000*1000000", "100000000000000"), ("1/8", "0.125"), ("0*5", "0"), ("-1/4", "-0.25")])
+    ("'banana'.count('an')", "2"), ("'a'.count('b')", "0"), ("100000000*1000000", "100000000000000"), ("1/8", "0.125"), ("0*5", "0"), ("-1/4", "-0.25"),
+    ("-1/300000000000000/300000000000000", "0"), ("0-0", "0"), ("-0.0", "0")])
 def test_calculator_computes(expression, value):
     assert calculator(expression) == value
 
@@ -122,3 +124,56 @@ def test_sandbox_leaves_nothing_behind(level):
             if mark.encode() in words.split(b"\0"): yield command
     assert not list(left())
     assert set(Path(tempfile.gettempdir()).glob("nanochat-*")) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+@pytest.mark.parametrize("level", LEVELS)
+def test_sandbox_leaves_no_capability_whatever_the_user(level):
+    look = """import ctypes
+kernel = ctypes.CDLL(None)
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert kernel.capget(header, sets) == 0
+print(sum(sets), kernel.prctl(39, 0, 0, 0, 0))"""  # 39: PR_GET_NO_NEW_PRIVS
+    assert run_sandboxed(look, isolation=level).stdout == "0 1\n"
+
+
+FOLDER = "import os\nfor p in '.', 'main.py': print(oct(os.stat(p).st_mode & 0o077), os.stat(p).st_uid == os.getuid())\nopen('mine', 'w').close()"
+
+
+def test_no_other_user_may_change_the_program_before_it_runs():
+    done = run_sandboxed(FOLDER, isolation="process")
+    assert done.ok and done.stdout.startswith("0o0 True\n") and done.stdout.endswith("True\n"), done
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0 or not os.path.exists("/usr/bin/python3"), reason="needs root and a Python that 'nobody' can read")
+def test_root_becomes_nobody_where_nobody_can_run_python(monkeypatch):
+    monkeypatch.setattr(sys, "_base_executable", "/usr/bin/python3", raising=False)
+    monkeypatch.setattr(tools, "_nobody_runs_python", lambda: True)
+    umask = os.umask(0o077)
+    try: done = run_sandboxed(FOLDER + "\nprint(os.getuid())", isolation="process")
+    finally: os.umask(umask)
+    assert done.ok and done.stdout.startswith("0o0 True\n") and done.stdout.endswith("True\n65534\n"), done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is only one level")
+def test_a_slow_probe_does_not_lower_the_isolation_for_good(monkeypatch):
+    answers = []
+
+    def probe(code, isolation):
+        ok, timed_out = answers.pop(0)
+        return Result(ok, "", "", None if ok else "no", timed_out, False, isolation)
+    slow, works, fails = (False, True), (True, False), (False, False)
+    monkeypatch.setattr(tools, "run_sandboxed", probe)
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # one level to try: namespaces
+
+    def level(*probes):
+        answers[:] = probes
+        found = isolation_level()
+        assert not answers, "a probe that was not made"
+        return found
+    monkeypatch.setattr(tools, "_settled", {})
+    assert [level(slow, works), level()] == ["namespaces", "namespaces"]
+    monkeypatch.setattr(tools, "_settled", {})
+    assert [level(slow, slow), level(works), level()] == ["process", "namespaces", "namespaces"]
+    monkeypatch.setattr(tools, "_settled", {})
+    assert [level(fails, fails), level()] == ["process", "process"]
