@@ -49,8 +49,10 @@ docs: setup
 	@command -v quarto >/dev/null || { echo "quarto is missing: install it from https://quarto.org/docs/get-started, then: make docs"; exit 1; }
 	$(BIN)/nbdev_docs
 
+# Ratios against named peers; on your own text with: make bench TEXT="a.jsonl b.txt"
 bench: setup
-	for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	$(BIN)/python benchmarks/tokenizer.py $(if $(TEXT),--text $(TEXT) --megabytes 50)
+	$(BIN)/python benchmarks/loader.py
 
 # Before a commit: export the modules, clean the notebooks, write README.md
 prepare: setup

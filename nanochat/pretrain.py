@@ -84,9 +84,10 @@ def main(run: Run, compute: Compute, *,
          warmup: float = 0.0, # fraction of the steps in which the rates rise
          warmdown: float = 0.2, # fraction of the steps in which they fall
          final_lr: float = 0.0, # where they fall to
-         eval_every: int = 250, # steps between measurements of bits per byte
-         eval_tokens: int = 20 * 524_288, # tokens of each
+         eval_every: int = 250, # steps between measurements of bits per byte, each on
+         eval_tokens: int = 20 * 524_288, # so many tokens
          save_every: int = 1000, # steps between checkpoints
+         packing: str = "flat", # rows of one stream, or best_fit: of whole documents
          split: str = "rows", # how processes share the text: rows or row_groups
          compile: bool = True, # use torch.compile
          device: str = "auto", # auto, cpu, cuda or mps
@@ -97,11 +98,11 @@ def main(run: Run, compute: Compute, *,
     tokenizer = Tokenizer.load(run.path("tokenizer"))
     batch_size = max(1, min(batch_size, total_batch_size // (sequence_len * compute.world_size)))  # more processes: fewer rows each
     model = new_model(tokenizer, compute, depth, n_embd, n_head, sequence_len)
-    loader = DocumentLoader(corpus_files(run), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, split=split, device=compute.device)
-    num_steps = plan_steps(model, compute, total_batch_size, steps, minutes, flops, tokens_per_param)
+    loader = DocumentLoader(corpus_files(run), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, packing, split, device=compute.device)
     def evaluate(step): return dict(val_bpb=validation_bits_per_byte(model, run, tokenizer, compute, batch_size, sequence_len, eval_tokens))
-    trainer = Trainer(model, make_optimizers(model, matrix_lr, embedding_lr, unembedding_lr, weight_decay), loader, run, compute, "base", tokenizer,
-                      num_steps, minutes, accumulation_steps(total_batch_size, batch_size, sequence_len, compute.world_size),
+    num_steps = plan_steps(model, compute, total_batch_size, steps, minutes, flops, tokens_per_param)
+    pieces = accumulation_steps(total_batch_size, batch_size, sequence_len, compute.world_size)
+    trainer = Trainer(model, make_optimizers(model, matrix_lr, embedding_lr, unembedding_lr, weight_decay), loader, run, compute, "base", tokenizer, num_steps, minutes, pieces,
                       partial(lr_multiplier, warmup=warmup, warmdown=warmdown, final=final_lr), evaluate, eval_every, save_every, compile=compile)
     return trainer.fit() | dict(tokens_per_step=total_batch_size)
 

@@ -484,7 +484,7 @@ def main(run: Run, compute: Compute) -> dict:
         run.update_info(code=code_size(root if (root/'nbs').is_dir() else Path(__file__).parent))
     result = write_report(run)
     for measure, row in result['scores'].items(): print0(f'{measure:<30}' + '  '.join(f'{stage} {score}' for stage, score in row.items()))
-    print0(f"badges: {', '.join(result['badges']) or 'none yet'}\nreport: {run.path('report.md')} and report.html")
+    print0(f"badges: {', '.join(result['badges']) or 'none yet'}\nreport: report.md and report.html in the folder of run {run.name}")
     return result
 
 # %% ../nbs/19_report.ipynb #171da332

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_MESSAGES', 'LONGEST_MESSAGE', 'LONGEST_CONVERSATION', 'LARGEST_BODY', 'LOCAL_HOSTS', 'Busy', 'Job', 'Service',
            'message_model', 'request_model', 'api_messages', 'error_body', 'answer_head', 'usage', 'event_stream',
-           'LimitBody', 'whole_answer', 'streamed_answer', 'make_app', 'add_routes', 'show_calls', 'plain_markdown',
-           'chat_widget', 'mount_page', 'widget', 'build_parser', 'open_port', 'main']
+           'LimitBody', 'whole_answer', 'streamed_answer', 'make_app', 'add_errors', 'add_routes', 'show_calls',
+           'plain_markdown', 'chat_widget', 'mount_page', 'widget', 'build_parser', 'open_port', 'main']
 
 # %% ../nbs/21_serve.ipynb #48a9b589
 import argparse, asyncio, contextlib, hmac, ipaddress, json, os, re, secrets, socket, sys, threading, time, traceback, uuid
@@ -273,7 +273,7 @@ def streamed_answer(job: Job, events: AsyncIterator[str]):
             finally: job.service.cancel(job)
     return Events(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-# %% ../nbs/21_serve.ipynb #3737aab4
+# %% ../nbs/21_serve.ipynb #3e2395cf
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]") # names of this machine, as a Host header writes them
 
 def make_app(
@@ -285,9 +285,7 @@ def make_app(
 ):
     "The web application"
     from fastapi import FastAPI, HTTPException, Request
-    from fastapi.exceptions import RequestValidationError
     from fastapi.middleware.trustedhost import TrustedHostMiddleware
-    from fastapi.responses import JSONResponse
 
     @contextlib.asynccontextmanager
     async def life(app):
@@ -304,6 +302,18 @@ def make_app(
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
         if api_key and not hmac.compare_digest(given.encode(), api_key.encode()): raise HTTPException(401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'")
 
+    add_errors(app)
+    add_routes(app, service, allowed)
+    if chat_page: mount_page(app, service, api_key, origins)
+    return app
+
+# %% ../nbs/21_serve.ipynb #59d69ca0
+def add_errors(app) -> None:
+    "Give every error OpenAI's form"
+    from fastapi import HTTPException
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error):
         first = error.errors()[0]
@@ -313,10 +323,6 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def refused(request, error):
         return JSONResponse(error_body(error.detail, "authentication_error" if error.status_code == 401 else "server_error" if error.status_code >= 500 else "invalid_request_error"), error.status_code, error.headers)
-
-    add_routes(app, service, allowed)
-    if chat_page: mount_page(app, service, api_key, origins)
-    return app
 
 # %% ../nbs/21_serve.ipynb #da1c7d8d
 def add_routes(app, service: Service, allowed) -> None: # allowed: raises for a request without the key

@@ -229,7 +229,7 @@ class HumanEval(Task):
                              {'role': 'assistant', 'content': f"{row['prompt']}\n{row['canonical_solution']}"}],
                 'test': row['test'], 'entry_point': row['entry_point']}
     def program(self, conversation, completion, password: str) -> str:
-        "The file that is run: it prints `password` only if every test passed."
+        "The file that is run: it prints `password` after the last test. That catches a reply that stops early, not one that means to cheat."
         return '\n\n'.join([prompt_imports(conversation['messages'][0]['content']), extract_code(completion),
                             conversation['test'], f"check({conversation['entry_point']})\nprint({password!r})"])
     def evaluate(self, conversation, completion):
