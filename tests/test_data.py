@@ -1,6 +1,7 @@
 """Data: shards, splits, downloads, batches — what crosses files and processes."""
 import errno
 import json
+import random
 import os
 import subprocess
 import sys
@@ -272,6 +273,16 @@ def test_best_fit_ranks_are_the_single_process(files):
 
 def test_a_state_of_another_packing_is_refused(files):
     with pytest.raises(NanochatError, match="packing='flat'"): make(files, packing='best_fit').load_state_dict(make(files).state_dict())
+
+@pytest.mark.parametrize('packing', ['flat', 'best_fit'])
+def test_a_thousand_random_stops_lose_no_token(files, packing):
+    options, draw = dict(packing=packing, buffer=12), random.Random(7)
+    loader, states, record = make(files, **options), [], []
+    for _ in range(1000): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
+    again = make(files, **options)
+    for stop in draw.sample(range(1000), 1000 if packing == 'flat' else 200):
+        again.load_state_dict(json.loads(states[stop]))
+        assert equal(next(again), record[stop])
 
 def test_state_stays_small(files):
     loader = make(files)

@@ -3,7 +3,7 @@
 //! A language repeats itself (10.6 million chunks of a 50 MB text are 185 thousand distinct ones), so
 //! everything after this step works on the distinct chunks, each with its count.
 
-use crate::key::{chunk_key, hash};
+use crate::key::{chunk_key, hash, Waiting};
 use crate::split::Splitter;
 use std::collections::HashMap;
 
@@ -45,23 +45,33 @@ impl Default for Counts {
 
 impl Counts {
     pub fn add_batch(&mut self, batch: &Batch, splitter: &Splitter) -> Result<(), String> {
-        let (bytes, mut text_start) = (batch.text.as_bytes(), 0);
+        let (bytes, mut text_start, mut waiting) = (batch.text.as_bytes(), 0, Waiting::default());
         for &text_end in &batch.ends {
-            splitter.for_each(&batch.text[text_start..text_end], |start, end| self.add_part(bytes, text_start + start, text_start + end, 1))?;
+            splitter.for_each(&batch.text[text_start..text_end], |start, end| {
+                let (start, end) = (text_start + start, text_start + end);
+                let key = chunk_key(bytes, start, end);
+                if key.is_some_and(|key| !waiting.push(key, &self.short)) {
+                    return;
+                }
+                for &key in waiting.take() {
+                    self.add_short(key, 1);
+                }
+                if key.is_none() {
+                    self.add_long(&bytes[start..end], 1);
+                }
+            })?;
             text_start = text_end;
+        }
+        for &key in waiting.take() {
+            self.add_short(key, 1);
         }
         Ok(())
     }
 
     pub fn add(&mut self, chunk: &[u8], count: u64) {
-        self.add_part(chunk, 0, chunk.len(), count);
-    }
-
-    #[inline(always)]
-    fn add_part(&mut self, text: &[u8], start: usize, end: usize, count: u64) {
-        match chunk_key(text, start, end) {
+        match chunk_key(chunk, 0, chunk.len()) {
             Some(key) => self.add_short(key, count),
-            None => self.add_long(&text[start..end], count),
+            None => self.add_long(chunk, count),
         }
     }
 

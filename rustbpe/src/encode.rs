@@ -4,7 +4,7 @@
 //! done once for each distinct chunk and remembered: nearly every chunk is one look into a table, in which the
 //! chunk and its ids share one cache line. What remains is cutting, looking up, and copying a few numbers.
 
-use crate::key::{chunk_key, hash, FastMap, KEY_BYTES};
+use crate::key::{chunk_key, hash, FastMap, Waiting};
 use crate::split::Splitter;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -15,8 +15,6 @@ const SHORT_MERGE: usize = 64; // up to so many bytes looking at all pairs again
 const MAX_SLOTS: usize = 1 << 19; // 16 MB; a fuller memory forgets everything
 const MAX_LONG: usize = 1 << 16; // chunks of 16 bytes and more, as many are remembered ...
 const LONG_CHUNK: usize = 256; // ... if they are no longer than this
-
-const WAITING: usize = 64; // chunks that are cut and asked for from memory before the first of them is looked up
 
 /// The tokens and what two neighbours make.
 pub struct Vocabulary {
@@ -213,19 +211,6 @@ impl Memory {
         }
     }
 
-    /// Asks for the cache line in which `key` will be looked up soon.
-    #[inline(always)]
-    fn prefetch(&self, key: u128) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch is a hint and may name any address; this one is within the table.
-        unsafe {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            _mm_prefetch::<_MM_HINT_T0>(self.short.as_ptr().add(hash(key) & (self.short.len() - 1)).cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = key;
-    }
-
     /// Appends the ids of the chunk of up to 15 bytes that is `key`.
     #[inline(always)]
     fn encode_short(&mut self, key: u128, vocabulary: &Vocabulary, out: &mut Vec<u32>) {
@@ -326,25 +311,20 @@ impl Encoder {
 
     fn encode_with(&self, memory: &mut Memory, text: &str, out: &mut Vec<u32>) -> Result<(), String> {
         let bytes = text.as_bytes();
-        let (mut keys, mut waiting) = ([0u128; WAITING], 0);
+        let mut waiting = Waiting::default();
         self.splitter.for_each(text, |start, end| {
-            if let Some(key) = chunk_key(bytes, start, end) {
-                memory.prefetch(key);
-                keys[waiting] = key;
-                waiting += 1;
-                if waiting < WAITING {
-                    return;
-                }
+            let key = chunk_key(bytes, start, end);
+            if key.is_some_and(|key| !waiting.push(key, &memory.short)) {
+                return;
             }
-            for &key in &keys[..waiting] {
+            for &key in waiting.take() {
                 memory.encode_short(key, &self.vocabulary, out);
             }
-            waiting = 0;
-            if end - start >= KEY_BYTES {
+            if key.is_none() {
                 memory.encode_long(&bytes[start..end], &self.vocabulary, out);
             }
         })?;
-        for &key in &keys[..waiting] {
+        for &key in waiting.take() {
             memory.encode_short(key, &self.vocabulary, out);
         }
         Ok(())

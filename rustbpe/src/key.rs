@@ -34,6 +34,48 @@ pub fn hash(key: u128) -> usize {
     (mixed as u64 ^ (mixed >> 64) as u64) as usize
 }
 
+/// Keys that are cut but not yet looked up. Waiting for memory is most of the cost of a look into a large table, and 64
+/// waits that overlap are not much longer than one: `push` asks for the place of a key, `take` gives all keys back.
+pub struct Waiting {
+    keys: [u128; 64],
+    count: usize,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Waiting { keys: [0; 64], count: 0 }
+    }
+}
+
+impl Waiting {
+    /// True when it is time to take the keys.
+    #[inline(always)]
+    pub fn push<T>(&mut self, key: u128, table: &[T]) -> bool {
+        prefetch(table, hash(key) & (table.len() - 1));
+        self.keys[self.count] = key;
+        self.count += 1;
+        self.count == self.keys.len()
+    }
+
+    #[inline(always)]
+    pub fn take(&mut self) -> &[u128] {
+        &self.keys[..std::mem::take(&mut self.count)]
+    }
+}
+
+/// Asks for the cache line of a place in a table.
+#[inline(always)]
+fn prefetch<T>(table: &[T], place: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch is a hint and may name any address; this one is within the table.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(table.as_ptr().add(place).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (table, place);
+}
+
 /// For small keys of our own making, which nobody chooses to make our tables slow: a rotation and a product a step.
 #[derive(Default)]
 pub struct FastHasher(u64);
