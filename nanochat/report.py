@@ -12,7 +12,6 @@ __all__ = ['MODELS', 'STAGES', 'PUBLISHED_D20', 'CHATCORE_TASKS', 'CURVES', 'PRI
 
 # %% ../nbs/19_report.ipynb #c465d91c
 import html, json, math, re
-from datetime import datetime, timezone
 from pathlib import Path
 
 from .common import Compute, NanochatError, Run, print0, profiles_dir, stage, write_atomic
@@ -209,7 +208,7 @@ def sparkline(
 
 # %% ../nbs/19_report.ipynb #feaca38d
 CURVES = {'loss': 'training loss (nats a token)', 'val_bpb': 'validation bits per byte', 'val_loss': 'validation loss (nats a token)',
-          'reward': 'mean reward', 'pass@1': 'pass@1', 'core': 'CORE', 'accuracy': 'accuracy', 'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
+          'reward': 'mean reward', 'informative': 'share of groups that teach', 'length': 'tokens of a try', 'solved': 'problems solved', 'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
 
 def curves(
     metrics: list[dict],      # of one stage
