@@ -373,7 +373,11 @@ def resolve_options(func, section: str, profile: dict, given: dict) -> dict:
     for key in (*own, *given):
         if key not in options: raise NanochatError(f"option '{key}' of stage {section}: unknown; known are {', '.join(options)}")
     values = {k: o["default"] for k, o in options.items()} | {k: v for k, v in shared.items() if k in options} | own | given
-    return {k: float(v) if options[k]["kind"] is float and isinstance(v, int) else v for k, v in values.items()}
+    def typed(key, value):
+        kind = options[key]["kind"]
+        if isinstance(value, str) and kind is not str: return parse_value(key, value, kind)  # YAML takes 1e-3 for a text
+        return float(value) if kind is float and isinstance(value, int) else value
+    return {key: typed(key, value) for key, value in values.items()}
 
 class Stage:
     "A function that runs as a stage: from the command line, from a notebook, skipped when it is complete"
@@ -407,7 +411,9 @@ def execute(self: Stage, run_name: str, profile: str, name: str, values: dict, c
     with run.lock() if compute.is_main else contextlib.nullcontext():
         compute.barrier()
         if (done := run.record(name)) and not self.always:
-            print0(f"{name}: complete ({done['finished']} UTC, {done['seconds']:.0f} s), skipped")
+            other = [key for key, value in values.items() if done["options"].get(key, value) != value]
+            note = f"; it was made with another {', '.join(other)}, for which a new run is needed" if other else ""
+            print0(f"{name}: complete ({done['finished']} UTC, {done['seconds']:.0f} s), skipped{note}")
             return done
         for needed in (a.format(**values) for a in self.after):
             if not run.record(needed):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'LONG_TEXT', 'PART_TOKENS', 'SAMPLES', 'count_pairs', 'merge', 'merges_to_ranks',
-           'TokenView', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'well_formed', 'bytes_per_token',
+           'TokenView', 'well_formed', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'bytes_per_token',
            'token_lengths', 'reference_encoding', 'check_messages', 'compression', 'read_documents', 'main']
 
 # %% ../nbs/01_tokenizer.ipynb #d42965df
@@ -69,13 +69,17 @@ class TokenView:
         return f'<div style="font-family:monospace;line-height:1.7">{"".join(spans)}</div>'
 
 # %% ../nbs/01_tokenizer.ipynb #05d71784
+def well_formed(text: str) -> str: # the text with U+FFFD in place of every half of a surrogate pair, which is no character
+    "A text that can be written as UTF-8; tiktoken does the same"
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
 def count_chunks(
     texts: Iterable[str], # documents
 ) -> dict[bytes, int]: # distinct chunk → how often it occurs
     "Cut the texts with `SPLIT_PATTERN` and count the distinct chunks"
     splitter, counts = regex.compile(SPLIT_PATTERN), Counter()
-    for text in texts: counts.update(splitter.findall(text))
-    return {chunk.encode("utf-8", "replace"): count for chunk, count in counts.items()}
+    for text in texts: counts.update(splitter.findall(well_formed(text)))
+    return {chunk.encode(): count for chunk, count in counts.items()}
 
 # %% ../nbs/01_tokenizer.ipynb #a1248635
 def train_bpe(
@@ -172,10 +176,6 @@ def train(
 
 # %% ../nbs/01_tokenizer.ipynb #e64ca2ba
 LONG_TEXT = 400_000  # characters; within tiktoken's regex engine a run of white space may not reach 1,000,000
-
-def well_formed(text: str) -> str: # the text with U+FFFD in place of every half of a surrogate pair, which is no character
-    "A text that can be written as UTF-8; tiktoken does the same"
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 @patch
 def _encode_with_tiktoken(self: Tokenizer, text: str) -> list[int]:
@@ -309,12 +309,12 @@ def load(
         meta = json.loads((folder / "meta.json").read_text())
         lines = (folder / "ranks.tiktoken").read_text().splitlines()
         ranks = {base64.b64decode(token): int(i) for token, i in map(str.split, lines)}
-        tokenizer = cls(ranks, meta["pattern"], list(meta["special_tokens"]))
+        tokenizer, fingerprint = cls(ranks, meta["pattern"], list(meta["special_tokens"])), meta["fingerprint"]
     except FileNotFoundError as error:
         raise NanochatError(f"{folder}: no tokenizer here; run first: python -m nanochat.tokenizer") from error
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise NanochatError(f"{folder}: the tokenizer's files are damaged; remove the folder and run the tokenizer stage again") from error
-    if tokenizer.fingerprint != meta["fingerprint"]:
+    if tokenizer.fingerprint != fingerprint:
         raise NanochatError(f"{folder}: the tokenizer's files do not belong together; remove the folder and run the tokenizer stage again")
     return tokenizer
 

@@ -6,15 +6,14 @@
 __all__ = ['PEAK_FLOPS', 'count_supervised', 'accumulation_steps', 'horizon', 'peak_flops', 'memory_gb', 'compiled', 'Trainer']
 
 # %% ../nbs/09_train.ipynb #88a94352
-import math, os, shutil, time
-from functools import partial
+import math, shutil, time
 
 import torch
 
-from .common import Compute, NanochatError, Run, compute_init, print0
+from .common import Compute, NanochatError, Run, print0
 from .dataloader import Batch
-from .gpt import GPT, GPTConfig
-from .muon import lr_multiplier, make_optimizers, muon_momentum
+from .gpt import GPT
+from .muon import lr_multiplier, muon_momentum
 from .checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 
 # %% ../nbs/09_train.ipynb #36e0472f
@@ -63,7 +62,8 @@ def peak_flops(
     "The best the device can do in bfloat16, by its name"
     if device.type != "cuda": return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    words = name.replace("-", " ").split()  # an A10G is no A10
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in words), None)
 
 def memory_gb(device: torch.device) -> float: # GiB
     "The most memory that this process has used"
@@ -151,7 +151,10 @@ def multiplier(self: Trainer) -> float:
     return self.schedule(round(self.progress * 10_000), 10_000)
 
 @patch
-def train_step(self: Trainer) -> float: # loss
+def train_step(
+    self: Trainer,
+    scale: float, # what the learning rates are multiplied by
+) -> float: # loss
     "One optimizer step; raises StopIteration when the loader is through, NanochatError for a loss that is not a number"
     batches = [self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)]
     count, loss = count_supervised(batches, self.compute), torch.zeros((), device=self.compute.device)
@@ -161,9 +164,12 @@ def train_step(self: Trainer) -> float: # loss
         part = self.forward(batch.inputs, batch.targets, weights, "sum") / count
         part.backward()
         loss += part.detach()
+    mine = float(loss)
     value = float(self.compute.all_reduce(loss))
-    if not math.isfinite(value): self.stop_on_nan(value, batches)
-    scale = self.multiplier()
+    if not math.isfinite(value): self.stop_on_nan(value, batches, write=not math.isfinite(mine))
+    if self.compute.world_size > 1:
+        for p in self.model.parameters():  # a process without a target takes part in the sum all the same, or the others wait for ever
+            if p.grad is None: p.grad = torch.zeros_like(p)
     for optimizer in self.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
@@ -176,9 +182,9 @@ def train_step(self: Trainer) -> float: # loss
 
 # %% ../nbs/09_train.ipynb #6e6a5b82
 @patch
-def stop_on_nan(self: Trainer, value: float, batches: list[Batch]) -> None:
+def stop_on_nan(self: Trainer, value: float, batches: list[Batch], write: bool = True) -> None: # write: it came from this process
     "Record the offending batch and stop"
-    if self.compute.is_main:
+    if write:
         self.run.write_json(dict(step=self.step, loss=str(value), inputs=[b.inputs.tolist() for b in batches], targets=[b.targets.tolist() for b in batches]),
                             f"{self.stage}_bad_batch.json")
     raise NanochatError(f"stage {self.stage}: the loss is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
@@ -228,7 +234,7 @@ def fit(self: Trainer) -> dict: # what goes into the stage's record
         if self.eval_every and self.step % self.eval_every == 0 and self.step > self.started: self.measure()
         if self.save_every and self.step % self.save_every == 0 and self.step > self.started: self.checkpoint()
         scale = self.multiplier()
-        try: loss = self.train_step()
+        try: loss = self.train_step(scale)
         except StopIteration: break
         if self.step == self.started + 5: self.warm_time, self.warm_step, self.warm_tokens = time.time(), self.step, self.tokens
         self.report_line(loss, scale)

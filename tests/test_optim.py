@@ -9,9 +9,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat import muon
-from nanochat.common import Compute, NanochatError, compute_cleanup, compute_init, leave_now
+from nanochat.common import Compute, NanochatError, Run, compute_cleanup, compute_init, leave_now
+from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import AdamW, Muon, make_optimizers, newton_schulz, optimizer_state
+from nanochat.train import Trainer
 
 
 def tiny(vocab_size: int = 64, n_embd: int = 32, n_layer: int = 2) -> GPT:
@@ -150,6 +152,34 @@ def test_several_processes_end_on_the_weights_of_one(tmp_path, monkeypatch, worl
         owned = [part['owned'].item() for part in parts]
         assert sum(owned) == alone['owned'].item()  # nothing is remembered twice
         assert max(owned) < 0.7 * sum(owned)
+
+
+class OneSided:
+    "Batches of which only the first process has something to learn, as at the end of an epoch"
+    def __init__(self, rank): self.rank = rank
+    def next_batch(self):
+        tokens = torch.arange(24).reshape(2, 12) % 16
+        return Batch(tokens[:, :-1], tokens[:, 1:] if self.rank == 0 else torch.full((2, 11), -1))
+    def state_dict(self): return {}
+
+
+def one_sided(rank: int, world_size: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), NANOCHAT_HOME=folder)
+    compute = compute_init('cpu')
+    torch.set_num_threads(1)
+    run = Run.create('r') if rank == 0 else Run('r')
+    model = tiny()
+    Trainer(model, make_optimizers(model), OneSided(rank), run, compute, 'base', None, num_steps=2, compile=False).fit()
+    save_file(dict(weights=torch.cat([p.detach().flatten() for p in model.parameters()])), f'{folder}/{rank}.safetensors')
+    compute_cleanup(); leave_now()
+
+
+def test_a_process_with_nothing_to_learn_does_not_keep_the_others_waiting(tmp_path):
+    processes = mp.spawn(one_sided, (2, free_port(), str(tmp_path)), nprocs=2, join=False)
+    done = processes.join(timeout=60) or processes.join(timeout=60)
+    for process in processes.processes: process.kill()
+    assert done
+    assert torch.equal(*(load_file(tmp_path / f'{rank}.safetensors')['weights'] for rank in range(2)))
 
 
 def test_an_unknown_reduction_is_refused():

@@ -337,6 +337,12 @@ def test_view_escapes_html(tokenizer):
     assert "<b>" not in page and "&lt;" in page
 
 
+def test_half_a_surrogate_pair_is_one_replacement_sign_in_every_trainer():
+    texts = ["a \ud83d b?", "\udc00\udc00?", "?"]
+    assert rustbpe.count(texts) == count_chunks(texts)
+    assert rustbpe.split(texts[0]) == ["a", " \ufffd", " b", "?"]
+
+
 # --- the crate's own tests
 
 def test_the_crate_passes_its_own_tests():

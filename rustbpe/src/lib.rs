@@ -61,6 +61,15 @@ mod python {
         failure.map_or(Ok(counts), Err)
     }
 
+    /// A Python string may hold half a surrogate pair, which is no character: it becomes U+FFFD, as in tiktoken.
+    fn well_formed<'py>(text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyString>> {
+        if text.to_str().is_ok() {
+            return Ok(text.clone());
+        }
+        let bytes = text.call_method1("encode", ("utf-16", "surrogatepass"))?;
+        Ok(bytes.call_method1("decode", ("utf-16", "replace"))?.cast_into()?)
+    }
+
     /// Pulls strings from a Python iterator and hands them on in batches; stops at Ctrl-C.
     fn feed(texts: &Bound<'_, PyAny>, send: impl Fn(Batch) -> bool + Sync + Send) -> PyResult<()> {
         let py = texts.py();
@@ -71,7 +80,7 @@ mod python {
                 let kind = text.get_type().name().map_or("?".into(), |name| name.to_string());
                 PyValueError::new_err(format!("texts must be strings, found {kind}"))
             })?;
-            batch.push(&text.to_string_lossy());
+            batch.push(well_formed(text)?.to_str()?);
             if batch.bytes() >= BATCH_BYTES {
                 let full = std::mem::take(&mut batch);
                 if !py.detach(|| send(full)) {
@@ -153,9 +162,10 @@ mod python {
     #[pyo3(signature = (text, pattern=None))]
     fn split<'py>(text: &Bound<'py, PyString>, pattern: Option<&str>) -> PyResult<Vec<Bound<'py, PyString>>> {
         let splitter = Splitter::new(pattern).map_err(PyValueError::new_err)?;
-        let py_text = text.to_string_lossy();
+        let whole = well_formed(text)?;
+        let py_text = whole.to_str()?;
         let mut chunks = vec![];
-        let done = splitter.for_each(&py_text, |start, end| chunks.push(PyString::new(text.py(), &py_text[start..end])));
+        let done = splitter.for_each(py_text, |start, end| chunks.push(PyString::new(text.py(), &py_text[start..end])));
         done.map(|()| chunks).map_err(PyValueError::new_err)
     }
 
