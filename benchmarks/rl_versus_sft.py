@@ -33,6 +33,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", default="kindergarten")
     parser.add_argument("--problems", type=int, default=1000)
+    parser.add_argument("--sums", action="store_true", help="also a second control, finetuned on the word problems alone")
+    parser.add_argument("--record", help="write the figures to this JSON file")
     args = parser.parse_args()
     run, compute = Run.open(args.run), compute_init("cpu")
     rl, sft = run.record("rl"), run.record("sft")
@@ -40,12 +42,16 @@ if __name__ == "__main__":
     problems = min(args.problems, len(test))
     def solved(model, tokenizer): return solve_rate(model, tokenizer, test, compute, problems, tokens)
     results = {"sft": solved(*load_model(run, "sft", compute.device)[:2]), "rl": solved(*load_model(run, "rl", compute.device)[:2])}
-    for name, rows in (("control_mixture", sft["options"]["mixture"]), ("control_sums", {"GSM8K": sft["options"]["mixture"]["GSM8K"]})):
+    controls = {"control_mixture": sft["options"]["mixture"]} | ({"control_sums": {"GSM8K": sft["options"]["mixture"]["GSM8K"]}} if args.sums else {})
+    for name, rows in controls.items():
         model, tokenizer, steps = more_finetuning(run, rl["results"]["train_seconds"], rows, compute, name)
         results[name] = solved(model, tokenizer)
     error = {k: math.sqrt(p * (1 - p) / problems) for k, p in results.items()}
     for name, share in results.items(): print(f"{name:<16} {share:.3f} ± {error[name]:.3f}")
-    gain, noise = results["rl"] - results["sft"], math.hypot(error["rl"], error["sft"])
-    print(f"rl gains {gain:+.3f}, {gain / noise:.1f} standard errors; the same {rl['results']['train_seconds']:.0f} s of finetuning gain "
-          f"{results['control_mixture'] - results['sft']:+.3f} on the mixture, {results['control_sums'] - results['sft']:+.3f} on sums alone")
-    run.write_json(dict(run=args.run, problems=problems, results=results, standard_error=error), "rl_versus_sft.json")
+    def told(name):
+        gain, noise = results[name] - results["sft"], math.hypot(error[name], error["sft"])
+        return f"{gain:+.3f} ({gain / noise:+.1f} standard errors)"
+    print(f"{rl['results']['train_seconds']:.0f} s of reinforcement {told('rl')}; " + "; ".join(f"of {name} {told(name)}" for name in controls))
+    if args.record:
+        record = dict(run=args.run, seed=rl["options"]["seed"], problems=problems, seconds=rl["results"]["train_seconds"], solved=results, standard_error=error)
+        with open(args.record, "w") as file: file.write(json.dumps(record, indent=1) + "\n")
