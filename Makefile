@@ -21,7 +21,7 @@ setup: .venv/ready
 	test -x $(BIN)/python || $$UV venv -q --python $(PYTHON) .venv; \
 	echo "installing packages (PyTorch is large: a few minutes the first time)"; \
 	$$UV pip install -q --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.txt; \
-	if ! command -v cargo >/dev/null; then echo "Rust is missing: the slow Python tokenizer trainer is used; to change that install Rust (https://rustup.rs), then: make -B setup"; \
+	if ! cargo --version >/dev/null 2>&1; then echo "Rust is missing: the slow Python tokenizer trainer is used; to change that install Rust (https://rustup.rs), then: make -B setup"; \
 	elif ! command -v cc >/dev/null; then echo "a C compiler is missing: the slow Python tokenizer trainer is used; to change that, on Debian or Ubuntu: sudo apt-get install build-essential, then: make -B setup"; \
 	else $$UV pip install -q --python $(BIN)/python --no-deps --reinstall-package nanochat-rustbpe ./rustbpe; fi; \
 	$$UV pip install -q --python $(BIN)/python --no-deps -e .; \
@@ -58,4 +58,4 @@ bench: setup
 prepare: setup
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
-	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+	$(BIN)/jupyter nbconvert --to markdown --no-input --log-level ERROR --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md

@@ -46,7 +46,7 @@ def test_a_notebook_stores_outputs_without_errors_or_paths(path):
 
 
 def test_the_readme_is_made_from_the_index(tree):
-    made = subprocess.run([tool("jupyter"), "nbconvert", "--to", "markdown", "--log-level", "ERROR", "--stdout", "nbs/index.ipynb"], cwd=tree, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run([tool("jupyter"), "nbconvert", "--to", "markdown", "--no-input", "--log-level", "ERROR", "--stdout", "nbs/index.ipynb"], cwd=tree, capture_output=True, text=True, check=True).stdout
     assert (ROOT / "README.md").read_text().strip() == made.replace("](../", "](").strip()
 
 
