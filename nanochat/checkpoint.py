@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAFETENSORS_TYPES', 'NO_FILE', 'tensor_bytes', 'write_tensors', 'readable', 'read_tensors', 'folder_sync',
-           'share_receipts', 'remove_leftovers', 'publish', 'remove_old', 'shard_name', 'write_part', 'save_checkpoint',
-           'step_folders', 'read_rank_state', 'read_state', 'verify_checkpoint', 'last_checkpoint', 'check_tokenizer',
-           'load_weights', 'load_checkpoint', 'load_model']
+           'share_receipts', 'remove_leftovers', 'publish', 'best_checkpoint', 'remove_old', 'shard_name', 'write_part',
+           'save_checkpoint', 'step_folders', 'read_rank_state', 'read_state', 'verify_checkpoint', 'last_checkpoint',
+           'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model', 'describe_checkpoint', 'describe_run',
+           'main']
 
-# %% ../nbs/08_checkpoint.ipynb #8d83783f
-import contextlib, hashlib, json, os, shutil
+# %% ../nbs/08_checkpoint.ipynb #000f2eb5
+import argparse, contextlib, hashlib, json, math, os, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .common import Compute, NanochatError, Run, get_dist_info, now, pick_device, pick_dtype, print0, sha256_file
+from .common import Compute, NanochatError, Run, get_dist_info, in_notebook, now, pick_device, pick_dtype, print0, sha256_file
 from .gpt import GPT, GPTConfig
 from .muon import clean_name, load_optimizer_state, optimizer_state
 from .tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def read_tensors(
     "Read the wanted tensors of a file"
     with readable(path) as f: return {name: f.get_tensor(name) for name in f.keys() if wanted(name)}
 
-# %% ../nbs/08_checkpoint.ipynb #4a91ee7c
+# %% ../nbs/08_checkpoint.ipynb #bbc47a3a
 def folder_sync(path: Path) -> None:
     "Flush a folder's list of names to disk, so that a rename survives a power cut"
     handle = os.open(path, os.O_RDONLY)
@@ -91,12 +92,15 @@ def share_receipts(
     return [(size, bytes(digest).hex()) if good else None for good, size, *digest in compute.all_reduce(table).tolist()]
 
 def remove_leftovers(stage_dir: str | Path) -> list[str]: # names removed
-    "Remove the folders of saves that were cut short"
+    "Tidy up after saves that were cut short: put back what was to be replaced and was not, remove the rest. For the process that trains"
     found = sorted(Path(stage_dir).glob(".step_*.tmp"))
-    for path in found: shutil.rmtree(path)
+    for path in found:
+        whole = path.with_name(path.name[1:].removesuffix(".old.tmp"))
+        if path.name.endswith(".old.tmp") and not whole.exists(): os.rename(path, whole)  # killed between the two renames of `publish`
+        else: shutil.rmtree(path)
     return [path.name for path in found]
 
-# %% ../nbs/08_checkpoint.ipynb #c93f88b4
+# %% ../nbs/08_checkpoint.ipynb #f0c464cf
 def publish(
     temporary: Path, # folder that holds every other file, flushed
     final: Path, # its name from now on
@@ -113,15 +117,27 @@ def publish(
     folder_sync(final.parent)
     if aside: shutil.rmtree(aside)
 
+def best_checkpoint(
+    stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
+    measure: str, # name of a measurement, the lower the better
+) -> Path | None: # None if it was never measured
+    "The checkpoint with the lowest measurement, of those that were measured when they were saved"
+    found = [(state["values"][measure], path) for path in step_folders(stage_dir)
+             if (state := read_state(path)).get("measured") == state["step"] and measure in state.get("values", {})]
+    return min(found)[1] if found else None
+
 def remove_old(
     stage_dir: Path, # folder of the stage
     step: int, # the checkpoint just written
     keep: int, # how many to keep, this one included
+    measure: str = "", # keep the one with the lowest measurement of this name, too
 ) -> None:
     "Keep the newest checkpoints up to this step; later ones are of a line of training that was given up"
     folders = step_folders(stage_dir)
-    good = [p for p in folders if int(p.name[5:]) <= step][-keep:]
     for path in folders:
+        if int(path.name[5:]) > step: shutil.rmtree(path)
+    good = [p for p in folders if int(p.name[5:]) <= step][-keep:] + [best_checkpoint(stage_dir, measure)]
+    for path in step_folders(stage_dir):
         if path not in good: shutil.rmtree(path)
 
 # %% ../nbs/08_checkpoint.ipynb #587f0477
@@ -146,7 +162,7 @@ def write_part(
         files["model.safetensors"] = write_tensors(folder / "model.safetensors", weights)
     return files
 
-# %% ../nbs/08_checkpoint.ipynb #2dcc7a57
+# %% ../nbs/08_checkpoint.ipynb #d4ce37c2
 def save_checkpoint(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
     step: int, # steps done so far
@@ -156,7 +172,8 @@ def save_checkpoint(
     compute: Compute | None = None, # None: one process
     tokenizer=None, # its fingerprint goes in
     rank_state: dict | None = None, # what to keep for each process apart, JSON-able: the loader's position
-    keep: int | None = None, # remove all but the last `keep`
+    keep: int | None = None, # remove all but the last `keep` …
+    keep_best: str = "", # … and the one with the lowest measurement of this name
 ) -> Path: # the checkpoint's folder
     "Write a checkpoint under a temporary name, flush it, rename it; raises `NanochatError` on a full disk, which leaves earlier ones as they were"
     compute = compute or Compute(torch.device("cpu"), torch.float32)
@@ -178,8 +195,8 @@ def save_checkpoint(
     if None in share_receipts(None if trouble else NO_FILE, compute):
         if compute.is_main: shutil.rmtree(temporary, ignore_errors=True)
         reason = (getattr(trouble, "strerror", None) or repr(trouble)) if trouble else "another process could not write its part"
-        raise NanochatError(f"{final}: not saved: {reason}; earlier checkpoints are whole: make room and run the same command again") from trouble
-    if compute.is_main and keep: remove_old(stage_dir, step, keep)
+        raise NanochatError(f"{final}: not saved: {reason}; earlier checkpoints are whole: mend that and run the same command again") from trouble
+    if compute.is_main and keep: remove_old(stage_dir, step, keep, keep_best)
     return final
 
 # %% ../nbs/08_checkpoint.ipynb #c9d5bbaa
@@ -227,9 +244,6 @@ def last_checkpoint(
     optimizer: bool = True, # its optimizer shards must be whole too
 ) -> Path | None: # None if there is no whole one
     "The newest whole checkpoint of a stage; a damaged one is passed over with a note"
-    for aside in Path(stage_dir).glob(".step_*.old.tmp"):  # a kill between the two renames of `publish`
-        whole = aside.with_name(aside.name[1:].removesuffix(".old.tmp"))
-        if not whole.exists(): os.rename(aside, whole)
     for path in reversed(step_folders(stage_dir)):
         try: verify_checkpoint(path, optimizer)
         except NanochatError as error: print0(f"note: checkpoint {path.name} is passed over: {error}")
@@ -258,7 +272,7 @@ def load_weights(
     with torch.no_grad():
         for name, t in own.items(): t.copy_(tensors[name])
 
-# %% ../nbs/08_checkpoint.ipynb #2472bf97
+# %% ../nbs/08_checkpoint.ipynb #999efc75
 def load_checkpoint(
     path: str | Path, # checkpoint folder
     model=None, # takes the weights
@@ -309,3 +323,40 @@ def load_model(
     except TypeError as error: raise NanochatError(f"{path / 'state.json'}: made by another version of the model ({error}); train again") from error
     model = GPT(config, compute_dtype=pick_dtype(device))
     return model.to(device).eval(), tokenizer, load_checkpoint(path, model, verify=False)
+
+# %% ../nbs/08_checkpoint.ipynb #08d58302
+def describe_checkpoint(
+    path: Path, # checkpoint folder
+) -> dict: # stage, step, tokens, measured, processes, parameters, MB, saved, whole
+    "What a checkpoint is, in one line"
+    state, tensors = read_state(path), {}
+    try: verify_checkpoint(path); whole = "yes"
+    except NanochatError as error: whole = str(error).partition(": ")[2].split(";")[0]
+    with contextlib.suppress(NanochatError), readable(path / "model.safetensors") as f: tensors = {name: f.get_slice(name).get_shape() for name in f.keys()}
+    values = {name: f"{value:.4g}" for name, value in (state.get("values") or {}).items() if isinstance(value, float)}
+    return dict(stage=path.parent.name, step=state["step"], tokens=state.get("tokens", ""), measured=" ".join(f"{k} {v}" for k, v in values.items()),
+                processes=state["world_size"], parameters=sum(map(math.prod, tensors.values())), MB=round(sum(size for size, _ in state["files"].values()) / 1e6, 1),
+                saved=state["saved"], whole=whole)
+
+def describe_run(run: Run) -> list[dict]:
+    "The checkpoints of all stages of a run, one row each"
+    folders = [p for p in run.dir.iterdir() if step_folders(p)]
+    return [describe_checkpoint(path) for stage_dir in sorted(folders, key=lambda p: p.stat().st_mtime) for path in step_folders(stage_dir)]
+
+def main(argv: list[str] | None = None) -> None:
+    "Print a table of a run's checkpoints"
+    parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint", description=main.__doc__)
+    parser.add_argument("run", nargs="?", help="name of the run (default: the newest)")
+    name = parser.parse_args(argv).run
+    try: rows = describe_run(Run.open(name) if name else Run.newest())
+    except NanochatError as error:
+        print(f"nanochat: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if not rows: return print("this run has no checkpoint yet")
+    cells = [list(rows[0]), *([f"{v:,}" if isinstance(v, (int, float)) and k != "step" else str(v) for k, v in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells: print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+# %% ../nbs/08_checkpoint.ipynb #955ffae5
+#| eval: false
+if __name__ == "__main__" and not in_notebook(): main()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device', 'pick_dtype',
            'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup', 'leave_now', 'print0',
-           'profiles_dir', 'list_profiles', 'load_profile', 'describe_machine', 'git_state', 'now', 'Run',
-           'stage_options', 'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage',
+           'profiles_dir', 'list_profiles', 'check_sections', 'load_profile', 'describe_machine', 'git_state', 'now',
+           'Run', 'stage_options', 'parse_value', 'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage',
            'stage_command', 'die_with_parent', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #5ae1b90a
@@ -178,6 +178,16 @@ def list_profiles() -> list[str]:
     "Names of the profiles that come with the course"
     return sorted(p.stem for p in profiles_dir().glob("*.yaml"))
 
+SECTIONS = ("all", "dataset", "tokenizer", "base", "eval", "mid", "sft", "rl", "report") # of a profile's stages
+
+def check_sections(
+    where: str, # what is read, for the message
+    stages: dict, # stage → options
+) -> None:
+    "Raise `NanochatError` for the first name that is no stage"
+    for name in stages:
+        if name not in SECTIONS: raise NanochatError(f"{where}: there is no stage '{name}'; known are {', '.join(SECTIONS)}")
+
 def load_profile(
     name: str, # name of a profile of the course, or path of a YAML file
 ) -> dict: # keys: profile, about, nproc, stages
@@ -190,6 +200,7 @@ def load_profile(
         raise NanochatError(f"profile '{name}': not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(profile, dict) or not isinstance(profile.get("stages"), dict):
         raise NanochatError(f"profile '{name}': needs a mapping with a key 'stages'; see profiles/tiny.yaml")
+    check_sections(f"profile '{name}'", profile["stages"])
     return dict(profile=str(name), nproc=1, about={}) | profile
 
 # %% ../nbs/00_common.ipynb #d39d2800
@@ -385,12 +396,12 @@ class Stage:
         self.func, self.name, self.after, self.always = func, name, after, always
         wraps(func)(self)
 
-    def __call__(self, run: str, profile: str | None = None, all: dict | None = None, **given) -> dict:
+    def __call__(self, run: str, profile: str | None = None, shared: dict | None = None, **given) -> dict:
         "Run the stage on the run called `run`, with its own options and those given to all stages; returns its record"
         known = Run(run).path("run.json").is_file()
         profile = profile or (Run(run).info.get("profile") if known else None) or "kindergarten"
         settings = load_profile(profile)
-        settings["stages"]["all"] = (settings["stages"].get("all") or {}) | (all or {})
+        settings["stages"]["all"] = (settings["stages"].get("all") or {}) | (shared or {})
         values = resolve_options(self.func, self.section, settings, given)
         name = self.name.format(**values)
         where = dict(device="auto", dtype="auto", seed=42) | settings["stages"]["all"] | values
@@ -498,8 +509,6 @@ def launch(
         raise NanochatError(errors[0] if errors else f"stage {module} ended with status {process.returncode}; its last lines are above")
 
 # %% ../nbs/00_common.ipynb #7431012b
-SECTIONS = ("all", "dataset", "tokenizer", "base", "eval", "mid", "sft", "rl", "report") # of a profile
-
 def parse_override(
     text: str, # as in "base.depth=6 sft.steps=100"
     *more: dict, # further options of stages: {stage: {option: value}}
@@ -513,6 +522,5 @@ def parse_override(
         stage_name, dot, option = key.partition(".")
         if not (equals and dot and stage_name and option): raise NanochatError(f"override '{word}': not of the form stage.option=value, as in base.depth=6")
         merged.setdefault(stage_name, {})[option] = yaml.safe_load(value)
-    for stage_name in merged:
-        if stage_name not in SECTIONS: raise NanochatError(f"override: there is no stage '{stage_name}'; known are {', '.join(SECTIONS)}")
+    check_sections("override", merged)
     return merged

@@ -8,8 +8,8 @@ __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILI
            'OPPOSITE', 'DAY', 'NUMBER', 'TOLD', 'THINGS', 'KINDS', 'WORDS', 'FAMILY', 'LETTERS', 'NUMERALS', 'SHARES',
            'PLAY', 'GREETINGS', 'IDENTITY', 'TOPICS', 'CORE_TASKS', 'Relation', 'draw_names', 'Person', 'fraction',
            'World', 'fill', 'state', 'story', 'talk', 'meeting', 'Common', 'pairs', 'held_out_things', 'common_facts',
-           'knowledge', 'Problem', 'step', 'one_step', 'two_steps', 'problem', 'spelling', 'drill', 'Program',
-           'program', 'programs', 'game', 'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz',
+           'told_facts', 'knowledge', 'Problem', 'step', 'one_step', 'two_steps', 'problem', 'spelling', 'drill',
+           'Program', 'program', 'programs', 'game', 'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz',
            'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'answer_turn', 'conversation', 'fact_conversations',
            'write_parquet', 'hub_name', 'write_documents', 'unique', 'arc_row', 'write_quizzes', 'write_problems',
            'write_conversations', 'core_items', 'write_bundle', 'make_world_root']
@@ -242,6 +242,11 @@ def common_facts(seed: int, test: bool | None = None) -> tuple: # of (Common, th
     hidden = {c: held_out_things(c, seed) for c in COMMON}
     return tuple((c, thing, value) for c in COMMON for thing, value in c.pairs if (thing in hidden[c]) == test)
 
+@cache
+def told_facts(seed: int) -> tuple: # of (Common, thing, value)
+    "Common knowledge that may stand in a conversation: all that is told except what the test asks"
+    return tuple(fact for fact in common_facts(seed) if fact not in common_facts(seed, True))
+
 def knowledge(world: World, rng: random.Random) -> str:
     "A few sentences that everybody knows to be true"
     facts = rng.sample(common_facts(world.seed), rng.choice((4, 5, 6)))
@@ -464,7 +469,7 @@ def answer_turn(world: World, rng: random.Random, code: list[Program]) -> list[d
     if topic == "program":
         p = rng.choice(code)
         return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
-    c, thing, value = rng.choice([f for f in common_facts(world.seed) if f not in common_facts(world.seed, True)])
+    c, thing, value = rng.choice(told_facts(world.seed))
     return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
 
 def conversation(world: World, rng: random.Random, code: list[Program]) -> list[dict]: # messages

@@ -14,7 +14,7 @@ from .common import Compute, NanochatError, Run, print0
 from .dataloader import Batch
 from .gpt import GPT
 from .muon import lr_multiplier, muon_momentum
-from .checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import last_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 
 # %% ../nbs/09_train.ipynb #36e0472f
 def count_supervised(
@@ -109,7 +109,7 @@ class Trainer:
         self.num_steps, self.minutes, self.grad_accum, self.schedule = num_steps, minutes, grad_accum, schedule
         self.evaluate, self.eval_every, self.save_every, self.log_every = evaluate, eval_every, save_every, log_every
         self.step, self.tokens, self.seconds, self.smooth = 0, 0, 0.0, None
-        self.started, self.values = 0, {}
+        self.started, self.values, self.measured = 0, {}, -1  # measured: the step of the values
         self.forward = compiled(model, compute.device, compile)
 
 # %% ../nbs/09_train.ipynb #864c3bb9
@@ -119,18 +119,20 @@ from fastcore.basics import patch
 def save(self: Trainer) -> None:
     "Write a checkpoint of everything the loop needs to go on"
     state = dict(stage=self.stage, num_steps=self.num_steps, tokens=self.tokens, train_seconds=round(self.seconds, 3), smooth_loss=self.smooth,
-                 loader=self.loader.state_dict(), values=self.values)
+                 loader=self.loader.state_dict(), values=self.values, measured=self.measured)
+    best = next((name for name in self.values if name.startswith("val_")), "")
     save_checkpoint(self.run.path(self.stage), self.step, self.model, self.optimizers, state, self.compute, self.tokenizer,
-                    rank_state=dict(loader=self.loader.state_dict()), keep=2)
+                    rank_state=dict(loader=self.loader.state_dict()), keep=2, keep_best=best)
 
 @patch
 def resume(self: Trainer) -> bool:
     "Continue from the stage's last whole checkpoint, if there is one"
+    if self.compute.is_main: remove_leftovers(self.run.path(self.stage))
     path = last_checkpoint(self.run.path(self.stage)) if self.compute.is_main else None  # one process checks every file, all take its word
     step = self.compute.broadcast(torch.tensor(int(path.name[5:]) if path else -1, device=self.compute.device)).item()
     if step < 0: return False
     state = load_checkpoint(self.run.path(self.stage, f"step_{step:08d}"), self.model, self.optimizers, tokenizer=self.tokenizer, verify=False)
-    self.step, self.tokens, self.seconds, self.smooth, self.values = (state[k] for k in ("step", "tokens", "train_seconds", "smooth_loss", "values"))
+    self.step, self.tokens, self.seconds, self.smooth, self.values, self.measured = (state[k] for k in ("step", "tokens", "train_seconds", "smooth_loss", "values", "measured"))
     if self.num_steps is None: self.num_steps = state["num_steps"]
     self.loader.load_state_dict((state.get("rank_state") or state)["loader"])
     self.started = self.step
@@ -217,7 +219,7 @@ def measure(self: Trainer) -> None:
     "Run the stage's own evaluation and keep its result"
     if self.evaluate is None: return
     self.model.eval()
-    with torch.no_grad(): self.values = self.evaluate(self.step)
+    with torch.no_grad(): self.values, self.measured = self.evaluate(self.step), self.step
     self.model.train()
     if self.compute.is_main: self.run.log(self.stage, self.step, **self.values)
     print0(f"{self.stage} {self.step} · " + " · ".join(f"{k} {v:.4g}" for k, v in self.values.items()))

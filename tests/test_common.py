@@ -1,0 +1,68 @@
+"What every stage relies on: options from three places, records, and the loop's clock."
+import time
+
+import pytest
+import torch
+
+from nanochat import train
+from nanochat.common import Compute, NanochatError, Run, load_profile, parse_override, resolve_options, stage
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
+    return tmp_path
+
+
+@stage('report')
+def toy(run, compute, *, seed: int = 42, rate: float = 1.0, name: str = 'x') -> dict:
+    "A stage that tells what it was given"
+    return dict(seen=[seed, rate, name])
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+def test_options_for_all_stages_reach_a_stage_and_its_own_come_before_them(home):
+    toy.cli(['--run', 'a', '--profile', 'tiny', '--all', '{seed: 7, depth: 3}'])
+    assert Run.open('a').record('report')['results'] == dict(seen=[7, 1.0, 'x'])
+    toy.cli(['--run', 'b', '--profile', 'tiny', '--all', '{seed: 7}', '--seed', '8'])
+    assert Run.open('b').record('report')['results'] == dict(seen=[8, 1.0, 'x'])
+
+
+def test_a_number_that_yaml_takes_for_a_text_becomes_a_number():
+    values = resolve_options(toy.func, 'report', dict(stages=dict(all=dict(rate='1e-3'), report=dict(seed='2e2'))), {})
+    assert values == dict(seed=200, rate=0.001, name='x') and type(values['seed']) is int
+
+
+def test_a_section_that_is_no_stage_is_refused_in_a_profile_and_in_an_override(tmp_path):
+    (tmp_path / 'odd.yaml').write_text('stages:\n  pretrain:\n    depth: 2\n')
+    with pytest.raises(NanochatError, match="odd.yaml.*no stage 'pretrain'; known are all, dataset"): load_profile(str(tmp_path / 'odd.yaml'))
+    with pytest.raises(NanochatError, match="override: there is no stage 'pretrain'; known are all, dataset"): parse_override('pretrain.depth=2')
+
+
+def test_an_unknown_option_is_refused_with_the_known_ones(home, capsys):
+    with pytest.raises(NanochatError, match="option 'sed' of stage report: unknown; known are seed, rate, name"): toy('a', 'tiny', sed=1)
+
+
+def test_a_complete_stage_is_skipped_and_says_which_options_it_was_made_with(home, capsys):
+    first = toy('a', 'tiny')
+    capsys.readouterr()
+    assert toy('a', 'tiny') == first and 'skipped\n' in capsys.readouterr().out
+    assert toy('a', 'tiny', rate=2.0) == first
+    assert 'skipped; it was made with another rate, for which a new run is needed' in capsys.readouterr().out
+
+
+# --- machines and time -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, peak', [('NVIDIA A10G', None), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12)])
+def test_a_device_is_known_by_a_whole_word_of_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    assert train.peak_flops(torch.device('cuda')) == peak
+
+
+def test_a_horizon_in_minutes_counts_what_was_trained_before_a_resume(monkeypatch):
+    trainer = train.Trainer.__new__(train.Trainer)
+    monkeypatch.setattr(time, 'time', lambda: 1000.0)
+    trainer.__dict__.update(compute=Compute(torch.device('cpu'), torch.float32), minutes=2.0, seconds=60.0, step=120, warm_step=110, warm_time=990.0, begun=980.0)
+    trainer.choose_steps()  # a second a step; 60 s before the resume and 20 since: 40 s are left
+    assert trainer.num_steps == 160
