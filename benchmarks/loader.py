@@ -1,11 +1,12 @@
 """The data loader against the bare encoder: tokens a second of one process on the same cores and the same documents, in turns.
 
-python benchmarks/loader.py [--data FOLDER of parquet shards] [--cores 1]
+python benchmarks/loader.py [--data FOLDER of parquet shards] [--cores 1] [--record FILE.json]
+
+The bare encoder gets its documents as a list of Python strings in memory, 128 at once; the loader reads shards from disk and makes whole batches.
 """
-import argparse, os, statistics, tempfile, time
+import argparse, json, os, statistics, tempfile, time
 from pathlib import Path
 
-import pyarrow as pa, pyarrow.parquet as pq
 import torch
 
 from nanochat.dataloader import DocumentLoader
@@ -21,20 +22,21 @@ def bare(texts: list[str], tokenizer: Tokenizer) -> float:
     return tokens / (time.perf_counter() - start)
 
 
-def loaded(files: list[Path], tokenizer: Tokenizer, batch_size: int, sequence_len: int) -> float:
+def loaded(files: list[Path], tokenizer: Tokenizer, packing: str) -> float:
     "Tokens a second of whole batches, from shards on disk"
-    loader = DocumentLoader(files, tokenizer, batch_size, sequence_len)
+    loader = DocumentLoader(files, tokenizer, 32, 2048, packing=packing)
     start, tokens = time.perf_counter(), 0
     while loader.epoch == 0: tokens += next(loader).inputs.numel()
     return tokens / (time.perf_counter() - start)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data")
+    parser.add_argument("--data", help="folder of parquet shards; without it text of the kindergarten")
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", help="write the medians to this JSON file")
     args = parser.parse_args()
     if args.data: files = sorted(Path(args.data).glob("*.parquet"))
     else:
@@ -44,6 +46,13 @@ if __name__ == "__main__":
     tokenizer = Tokenizer.train(texts, args.vocab_size)
     if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, range(args.cores))
     torch.set_num_threads(args.cores)
-    rates = [(bare(texts, tokenizer), loaded(files, tokenizer, 32, 2048)) for _ in range(args.rounds)]
-    encoder, loader = (statistics.median(column) for column in zip(*rates))
-    print(f"{sum(map(len, texts)) / 1e6:.1f} million characters, {args.cores} core(s): encoder {encoder / 1e6:.1f}, loader {loader / 1e6:.1f} million tokens/s, ratio {loader / encoder:.2f}")
+    jobs = dict(encoder=lambda: bare(texts, tokenizer), flat=lambda: loaded(files, tokenizer, "flat"), best_fit=lambda: loaded(files, tokenizer, "best_fit"))
+    rounds = [{name: job() for name, job in jobs.items()} for _ in range(args.rounds)]
+    rates = {name: statistics.median(each[name] for each in rounds) for name in jobs}
+    print(f"{sum(map(len, texts)) / 1e6:.1f} million characters, {args.cores} core(s), million tokens/s (ratio to the encoder): "
+          + ", ".join(f"{name} {rate / 1e6:.1f} ({rate / rates['encoder']:.2f})" for name, rate in rates.items()))
+    record = dict(characters=sum(map(len, texts)), cores=args.cores, rounds=args.rounds, vocab_size=args.vocab_size, tokens_per_second={name: round(rate) for name, rate in rates.items()})
+    if args.record: Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()

@@ -2,7 +2,7 @@
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 
-PACKAGES = ("rustbpe==0.1.0", "tokenizers==0.23.3", "tiktoken==0.14.0", "gigatoken==0.10.0", "splintr-rs==0.22.0", "numpy")
+PACKAGES = ("rustbpe==0.1.0", "tokenizers==0.23.3", "tiktoken==0.14.0", "gigatoken==0.10.0", "numpy")
 
 
 def peers_python() -> Path:

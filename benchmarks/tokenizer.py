@@ -20,7 +20,6 @@ start = time.perf_counter()
 {job}
 print(json.dumps(dict(seconds=time.perf_counter() - start, memory_mb=memory("VmHWM") - before)))
 """
-PATTERN = "from nanochat.tokenizer import SPLIT_PATTERN"
 TRAINERS = {
     "nanochat": "import rustbpe; rustbpe.train(texts, int(sys.argv[2]))",
     "rustbpe 0.1.0": "import rustbpe; t = rustbpe.Tokenizer(); t.train_from_iterator(iter(texts), int(sys.argv[2]), pattern=sys.argv[3])",

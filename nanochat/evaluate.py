@@ -17,7 +17,7 @@ from .common import Compute, NanochatError, Run, print0, stage
 from .core import bits_per_byte, load_bundle, unigram_bits_per_byte
 from .core import evaluate_task as evaluate_core_task
 from .dataloader import DocumentLoader
-from .dataset import corpus_files, find_bundle, parquet_documents
+from .dataset import corpus_documents, corpus_sources, find_bundle
 from .engine import Engine, readable_text
 from .tasks import Task, graded_tasks, load_task, message_text
 
@@ -194,7 +194,9 @@ def evaluate_bits(run: Run, model, tokenizer, compute: Compute, tokens: int) -> 
     T = model.config.sequence_len
     B = max(1, min(32, tokens // (T * compute.world_size)))
     batches = max(1, tokens // (B * T * compute.world_size))
-    def loader(split): return DocumentLoader(corpus_files(run, split)[-1:], tokenizer, B, T, compute.rank, compute.world_size)  # the last shard: the first may be special
+    def loader(split):
+        sources = [source._replace(files=source.files[-1:]) for source in corpus_sources(run, split)]  # the last shard: the first may be special
+        return DocumentLoader(sources, tokenizer, B, T, compute.rank, compute.world_size)
     sizes = tokenizer.token_bytes()
     return dict(train_bpb=bits_per_byte(model, loader('train'), sizes, compute, batches), val_bpb=bits_per_byte(model, loader('val'), sizes, compute, batches),
                 unigram_bpb=unigram_bits_per_byte(loader('train'), loader('val'), sizes, compute, batches, batches), tokens=batches * B * T * compute.world_size)
@@ -211,7 +213,7 @@ def evaluate_core(run: Run, model, tokenizer, compute: Compute, identity: dict, 
 def base_samples(run: Run, model, tokenizer, prompts: list[str], max_tokens: int = 16) -> list[dict]:
     "How a base model goes on, greedily: from the given beginnings, or the reference system's seven and the first words of three unseen documents."
     if not prompts:
-        documents = parquet_documents(corpus_files(run, 'val'))
+        documents = corpus_documents(run, 'val')
         starts = [' '.join(text.split()[:8]) for text, _ in zip((d for d in documents if len(d.split()) > 16), range(3))]
         prompts = BASE_PROMPTS + starts
     ids = [tokenizer.encode(prompt, prepend=tokenizer.bos) for prompt in prompts]

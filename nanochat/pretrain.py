@@ -13,7 +13,7 @@ import torch
 from .common import Compute, Run, print0, stage
 from .core import bits_per_byte
 from .dataloader import DocumentLoader
-from .dataset import corpus_files
+from .dataset import corpus_sources
 from .gpt import GPT, GPTConfig
 from .muon import lr_multiplier, make_optimizers
 from .tokenizer import Tokenizer
@@ -31,7 +31,7 @@ def validation_bits_per_byte(
     split: str = "val", # val or train
 ) -> float: # bits
     "Bits per byte on the first `tokens` tokens of a split"
-    loader = DocumentLoader(corpus_files(run, split), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, device=compute.device)
+    loader = DocumentLoader(corpus_sources(run, split), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, device=compute.device)
     return bits_per_byte(model, loader, tokenizer.token_bytes(), compute, max(1, tokens // (batch_size * sequence_len * compute.world_size)))
 
 # %% ../nbs/11_pretrain.ipynb #a7ffa096
@@ -98,7 +98,7 @@ def main(run: Run, compute: Compute, *,
     tokenizer = Tokenizer.load(run.path("tokenizer"))
     batch_size = max(1, min(batch_size, total_batch_size // (sequence_len * compute.world_size)))  # more processes: fewer rows each
     model = new_model(tokenizer, compute, depth, n_embd, n_head, sequence_len)
-    loader = DocumentLoader(corpus_files(run), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, packing, split, device=compute.device)
+    loader = DocumentLoader(corpus_sources(run), tokenizer, batch_size, sequence_len, compute.rank, compute.world_size, packing, split, device=compute.device)
     def evaluate(step): return dict(val_bpb=validation_bits_per_byte(model, run, tokenizer, compute, batch_size, sequence_len, eval_tokens))
     num_steps = plan_steps(model, compute, total_batch_size, steps, minutes, flops, tokens_per_param)
     pieces = accumulation_steps(total_batch_size, batch_size, sequence_len, compute.world_size)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'LONG_TEXT', 'PART_TOKENS', 'SAMPLES', 'count_pairs', 'merge', 'merges_to_ranks',
-           'TokenView', 'well_formed', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'bytes_per_token',
-           'token_lengths', 'reference_encoding', 'check_messages', 'compression', 'read_documents', 'main']
+           'TokenView', 'well_formed', 'count_chunks', 'train_bpe', 'encode_chunk', 'Tokenizer', 'utf8_column',
+           'bytes_per_token', 'token_lengths', 'reference_encoding', 'check_messages', 'compression', 'read_documents',
+           'run_documents', 'main']
 
 # %% ../nbs/01_tokenizer.ipynb #d42965df
 import base64, hashlib, heapq, html, json, os, time, warnings
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import regex
 import tiktoken
 from fastcore.basics import patch
@@ -216,17 +218,26 @@ def decode(self: Tokenizer, ids: list[int]) -> str:
     return self.encoding.decode(ids)
 
 # %% ../nbs/01_tokenizer.ipynb #4ec691bc
+def utf8_column(
+    texts: pa.Array, # strings without nulls
+) -> tuple[np.ndarray, np.ndarray]: # (bytes,) uint8 and (n + 1,) int64
+    "Where an Arrow column keeps its strings: one run of UTF-8, and the places between them"
+    _, offsets, data = texts.buffers()
+    offsets = np.frombuffer(offsets, np.int64 if pa.types.is_large_string(texts.type) else np.int32)
+    return np.frombuffer(data or b"", np.uint8), offsets[texts.offset:texts.offset + len(texts) + 1].astype(np.int64)
+
 @patch
 def encode_flat(
     self: Tokenizer,
-    texts: list[str], # several texts
+    texts: list[str] | pa.Array, # several texts; of an Arrow column no Python strings are made
     prepend: int | None = None, # id to put before each
 ) -> tuple[np.ndarray, np.ndarray]: # ids of all texts, one after the other, and the number of ids of each; both uint32
     "The ids of many texts as one array"
     if self.encoder:
-        try: return tuple(np.frombuffer(part, np.uint32) for part in self.encoder.encode_flat(texts, prepend))
+        try: parts = self.encoder.encode_flat(texts, prepend) if isinstance(texts, list) else self.encoder.encode_utf8(*utf8_column(texts), prepend)
         except UnicodeEncodeError: return self.encode_flat([well_formed(text) for text in texts], prepend)
-    lists = self.encode(texts, prepend)
+        return tuple(np.frombuffer(part, np.uint32) for part in parts)
+    lists = self.encode(texts if isinstance(texts, list) else texts.to_pylist(), prepend)
     return np.array([i for ids in lists for i in ids], np.uint32), np.array([len(ids) for ids in lists], np.uint32)
 
 # %% ../nbs/01_tokenizer.ipynb #33611c22
@@ -413,20 +424,33 @@ def read_documents(
     files: list[str], # parquet files with a column `text`
     max_chars: int, # stop after so many characters
     doc_cap: int, # use at most so many characters of each document
+    column: str = "text", # of the texts
 ) -> Iterator[str]:
     "Documents in the order of the files; raises `NanochatError` for a file that cannot be read"
     import pyarrow as pa, pyarrow.parquet as pq
     seen = 0
     for path in files:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(1024, columns=["text"]):
-                for document in batch["text"].to_pylist():
+            for batch in pq.ParquetFile(path).iter_batches(1024, columns=[column]):
+                for document in batch[column].to_pylist():
                     if seen >= max_chars: return
                     document = (document or "")[:min(doc_cap, max_chars - seen)]
                     seen += len(document)
                     yield document
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise NanochatError(f"{path}: not a parquet file with a column 'text' ({' '.join(str(error).split())[:100]})") from error
+            raise NanochatError(f"{path}: not a parquet file with a column {column!r} ({' '.join(str(error).split())[:100]})") from error
+
+def run_documents(
+    run: Run,
+    split: str, # train or val
+    max_chars: int, # so many characters in all
+    doc_cap: int, # use at most so many characters of each document
+) -> Iterator[str]:
+    "Documents of every corpus of a run, each up to its share of the characters"
+    sources = run.info["sources"]
+    for source in sources:
+        share = source["weight"] / sum(other["weight"] for other in sources)
+        yield from read_documents(source[split], round(max_chars * share), doc_cap, source["column"])
 
 # %% ../nbs/01_tokenizer.ipynb #9b9a24ab
 @stage("tokenizer", after=("dataset",))
@@ -440,10 +464,9 @@ def main(
 ) -> dict:
     "Train the tokenizer on the run's own corpus"
     if not compute.is_main: return {}
-    train_files, val_files = run.info["train_files"], run.info.get("val_files", [])
     seen, start = Counter(), time.time()
     def documents():
-        for document in read_documents(train_files, max_chars, doc_cap):
+        for document in run_documents(run, "train", max_chars, doc_cap):
             seen.update(documents=1, characters=len(document))
             yield document
     tokenizer = Tokenizer.train(documents(), vocab_size)
@@ -453,7 +476,7 @@ def main(
         print0(f"tokenizer: the text has no pair left to merge: {tokenizer.vocab_size:,} ids, not {vocab_size:,}")
     print0(f"tokenizer: {tokenizer.vocab_size:,} ids from {seen['characters']:,} characters in {seconds:.1f} s")
     texts = {kind: [text] for kind, text in SAMPLES.items()}
-    texts |= {kind: list(read_documents(files, 1_000_000, doc_cap)) for kind, files in (("train", train_files), ("val", val_files))}
+    texts |= {split: list(run_documents(run, split, 1_000_000, doc_cap)) for split in ("train", "val")}
     return dict(vocab_size=tokenizer.vocab_size, trainer="rustbpe" if rustbpe else "python", seconds=round(seconds, 2), **seen,
                 token_bytes=token_lengths(tokenizer), bytes_per_token=compression(tokenizer, texts))
 

@@ -5,6 +5,7 @@ import random
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,8 +16,10 @@ import torch
 
 from nanochat.common import NanochatError, Run
 from nanochat.dataloader import ConversationLoader, DocumentLoader
-from nanochat.dataset import (CORPORA, corpus_files, describe_file, download, find_bundle, folder_root, main, parquet_documents,
-                              parquet_row_groups, pin_val_shard, read_manifest, split_files, update_manifest, verify_files)
+from nanochat import dataset
+from nanochat.dataset import (CORPORA, Source, corpus_files, corpus_here, corpus_sources, describe_file, download, download_extra, file_documents,
+                              find_bundle, find_corpus, folder_root, hub_names, main, make_kindergarten, parquet_documents, parquet_row_groups,
+                              read_manifest, split_files, update_manifest, verify_files, with_retries)
 
 FINEWEB = CORPORA['fineweb-edu']
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
@@ -27,7 +30,7 @@ class ByteTokenizer:
     bos, special = 256, {'<|bos|>': 256, '<|assistant_end|>': 257}
 
     def encode_flat(self, texts, prepend=None):
-        lists = [[prepend] + list(text.encode()) for text in texts]
+        lists = [[prepend] + list(text.encode()) for text in texts.to_pylist()]
         return np.array(sum(lists, []), np.uint32), np.array(list(map(len, lists)), np.uint32)
 
     def render_conversation(self, conversation, max_tokens=2048):
@@ -58,26 +61,28 @@ def root(tmp_path, monkeypatch):
     return tmp_path/'root'
 
 
+def split(root): return split_files(root, FINEWEB, corpus_here(root, FINEWEB))
+
 def equal(a, b): return torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
 
 
 # shards and splits
 
 def test_ranks_share_all_row_groups_without_overlap(root):
-    files = split_files(root, FINEWEB)[0]
+    files = split(root)[0]
     whole = [(file, group) for file, group, _ in parquet_row_groups(files)]
     parts = [[(file, group) for file, group, _ in parquet_row_groups(files, rank=r, world_size=3)] for r in range(3)]
     assert sorted(sum(parts, [])) == whole and len(whole) == 3*5
 
 def test_reading_resumes_at_any_row_group(root):
-    files = split_files(root, FINEWEB)[0]
+    files = split(root)[0]
     documents = list(parquet_documents(files))
     for file in range(3):
         for group in range(5): assert list(parquet_documents(files, start=(file, group))) == documents[file*40 + group*8:]
 
 @pytest.mark.parametrize('damage, says', [(lambda b: b[:-40], 'truncated'), (lambda b: b'', 'truncated'), (lambda b: b'not parquet at all', 'not parquet')])
 def test_a_broken_shard_is_named_with_the_fix(root, damage, says):
-    path = split_files(root, FINEWEB)[0][1]
+    path = split(root)[0][1]
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(NanochatError, match=f'{path.name}.*{says}.*run the dataset stage again'): list(parquet_documents([path]))
 
@@ -87,25 +92,25 @@ def test_a_shard_without_text_is_named(root, tmp_path):
     with pytest.raises(NanochatError, match='labels.parquet.*strings.*int64'): list(parquet_documents([path]))
 
 def test_validation_shard_stays_when_shards_arrive(root):
-    first = split_files(root, FINEWEB)[1]
+    first = split(root)[1]
     write_shards(root/FINEWEB.repo, count=7)
-    train, val = split_files(root, FINEWEB)
+    train, val = split(root)
     assert val == first and len(train) == 6 and val[0] not in train
 
 def test_catalogue_validation_shard_is_chosen_at_first_use_and_never_later(root):
     pinned = root/FINEWEB.repo/FINEWEB.val_shard
     pinned.write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
     (root/FINEWEB.repo/'shard_01900.parquet').write_bytes(pinned.read_bytes())
-    assert split_files(root, FINEWEB)[1] == [pinned]
+    assert split(root)[1] == [pinned]
 
 def test_catalogue_validation_shard_that_comes_late_is_text_to_read(root):
-    first = split_files(root, FINEWEB)[1]
+    first = split(root)[1]
     (root/FINEWEB.repo/FINEWEB.val_shard).write_bytes((root/FINEWEB.repo/FINEWEB.shard(0)).read_bytes())
-    assert split_files(root, FINEWEB)[1] == first  # what was trained on must not become what is measured on
+    assert split(root)[1] == first  # what was trained on must not become what is measured on
 
 def test_a_missing_pinned_shard_is_an_error_not_another_choice(root):
-    split_files(root, FINEWEB)[1][0].unlink()
-    with pytest.raises(NanochatError, match='shard_00003.parquet.*missing'): split_files(root, FINEWEB)
+    split(root)[1][0].unlink()
+    with pytest.raises(NanochatError, match='shard_00003.parquet.*missing'): split(root)
 
 def test_read_only_folder_keeps_its_pin_in_the_run(root, monkeypatch):
     def refuse(path, data): raise OSError(errno.EROFS, 'read-only')
@@ -115,7 +120,7 @@ def test_read_only_folder_keeps_its_pin_in_the_run(root, monkeypatch):
     run = Run.open('r')
     run.path('stages', 'dataset.json').unlink()
     main(run='r', profile='tiny', data=str(root), shards=-1)
-    assert Run.open('r').info['val_shard'] == 'shard_00003.parquet' and len(corpus_files(Run.open('r'))) == 5
+    assert Run.open('r').info['sources'][0]['val_shard'] == 'shard_00003.parquet' and len(corpus_files(Run.open('r'))) == 5
 
 def test_stage_finds_a_flipped_bit(root):
     files = sorted((root/FINEWEB.repo).glob('*.parquet'))
@@ -134,17 +139,18 @@ def test_cli_answers_bad_input_with_one_line_and_status_2(root, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    "A hub on this machine, with its files in `.files` and each request in `.log`."
+    "A hub on this machine, with its files in `.files`, each request in `.log`, and in `.bad` the bad answers that it is to give first: part of a path, status."
     import hashlib, threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Hub(BaseHTTPRequestHandler):
-        files, log, wrong, hang_up = {}, [], set(), []
+        files, log, wrong, hang_up, bad = {}, [], set(), [], []
         def log_message(self, *args): pass
         def do_HEAD(self): self.answer(False)
         def do_GET(self): self.answer(True)
         def answer(self, body):
             path = self.path.split('?')[0]
+            if body and Hub.bad and Hub.bad[0][0] in path: return self.send(Hub.bad.pop(0)[1], b'', {}, body)
             if '/tree/' in path:
                 prefix = path.split('/api/datasets/')[1].split('/tree/')[0] + '/'
                 return self.send(200, json.dumps([dict(type='file', path=name[len(prefix):], size=len(data), oid='0', lfs=dict(oid=hashlib.sha256(data).hexdigest(), size=len(data), pointerSize=1))
@@ -166,6 +172,8 @@ def hub(monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('HF_ENDPOINT', f'http://127.0.0.1:{server.server_port}')
+    monkeypatch.setattr(dataset, 'PAUSES', [.01]*3)
+    monkeypatch.setattr('huggingface_hub.utils._http.time', type('Clock', (), dict(time=time.time, sleep=lambda seconds: None)))
     yield Hub
     server.shutdown()
 
@@ -202,9 +210,132 @@ def test_a_lost_connection_goes_on_where_it_stopped(root, hub, tmp_path, monkeyp
     assert download(tmp_path/'mirror', FINEWEB.repo, NAMES[:1])[0].read_bytes() == data
     assert [start > 0 for _, start in hub.log] == [False, True]
 
+@pytest.mark.parametrize('status', [429, 503])
+@pytest.mark.parametrize('where', ['/tree/', '/resolve/'])
+def test_a_server_with_a_bad_minute_is_asked_again(root, hub, tmp_path, where, status):
+    serve(hub, root)
+    hub.bad += [(where, status)]*2
+    assert len(download(tmp_path/'mirror', FINEWEB.repo, NAMES)) == 4 and not hub.bad
+
+def test_a_file_that_arrives_wrong_once_is_fetched_once_more(root, hub, tmp_path, monkeypatch):
+    serve(hub, root)
+    asked, whole = [], dataset.sha256_file
+    def first_wrong(path): asked.append(path); return 'wrong' if len(asked) == 1 else whole(path)
+    monkeypatch.setattr(dataset, 'sha256_file', first_wrong)
+    assert download(tmp_path/'mirror', FINEWEB.repo, NAMES[:1])[0].exists() and [name for name, _ in hub.log] == NAMES[:1]*2
+
+@pytest.mark.parametrize('status, calls', [(429, 4), (500, 4), (404, 1), (None, 1)])
+def test_only_what_can_get_better_is_tried_again(monkeypatch, status, calls):
+    monkeypatch.setattr(dataset, 'PAUSES', [0]*3)
+    seen, error = [], NanochatError('no')
+    if status: error.response = type('Response', (), dict(status_code=status))
+    def call(): seen.append(1); raise error
+    with pytest.raises(NanochatError): with_retries(call)
+    assert len(seen) == calls
+
+def test_without_a_network_a_whole_mirror_is_used_and_a_part_of_one_is_not(root, hub, tmp_path, monkeypatch):
+    serve(hub, root)
+    hub.files['someone/else/a.parquet'] = hub.files['someone/else/b.parquet'] = b'x'
+    download(tmp_path/'part', FINEWEB.repo, NAMES[:2])
+    whole = download(tmp_path/'whole', FINEWEB.repo)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert download(tmp_path/'whole', FINEWEB.repo) == whole and len(whole) == 4
+    assert len(download(tmp_path/'part', FINEWEB.repo, NAMES[:2])) == 2
+    with pytest.raises(NanochatError, match='cannot list'): download(tmp_path/'part', FINEWEB.repo)
+
+def test_a_short_download_of_an_extra_file_is_not_taken(tmp_path, monkeypatch):
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    class Short(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_GET(self):
+            self.send_response(200); self.send_header('Content-Length', '100'); self.end_headers()
+            self.wfile.write(b'x'*(60 if 'short' in self.path else 100))
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Short)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(dataset, 'EXTRA_FILES', {name: f'http://127.0.0.1:{server.server_port}/{name}' for name in ('whole.txt', 'short.txt')})
+    failed = download_extra(tmp_path)
+    server.shutdown()
+    assert len(failed) == 1 and 'short.txt' in failed[0] and (tmp_path/'whole.txt').exists() and not (tmp_path/'short.txt').exists()
+
 def test_no_hub_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    monkeypatch.setattr('huggingface_hub.utils._http.time', type('Clock', (), dict(time=time.time, sleep=lambda seconds: None)))
     with pytest.raises(NanochatError, match='cannot list.*HF_ENDPOINT'): download(tmp_path, FINEWEB.repo, NAMES)
+
+
+# text of one's own, mixtures
+
+def open_stage(name, **options): return main(run=name, profile='tiny', **options)['results'], Run.open(name)
+
+@pytest.mark.parametrize('kind', ['txt', 'jsonl', 'jsonl.gz', 'jsonl.zst', 'parquet'])
+def test_text_of_ones_own_is_all_there_and_held_out_by_its_digest(root, tmp_path, kind):
+    mine, texts = tmp_path/'mine', [text(i) for i in range(200)]
+    mine.mkdir()
+    if kind == 'parquet': pq.write_table(pa.table({'content': texts}), mine/'a.parquet')
+    elif kind == 'txt':
+        for i, one in enumerate(texts): (mine/f'{i}.txt').write_text(one)
+    else:
+        with pa.output_stream(str(mine/f'a.{kind}'), compression='detect') as out: out.write('\n'.join(json.dumps(dict(content=one)) for one in texts).encode())
+    results, run = open_stage('own', data=str(root), corpus=str(mine))
+    train, val = (set(parquet_documents(corpus_files(run, split))) for split in ('train', 'val'))
+    assert train | val == set(texts) and not train & val and 2 <= len(val) <= 25
+    if kind != 'txt': return
+    for i in range(50): (mine/f'new{i}.txt').write_text(text(1000 + i))  # text that arrives later moves nothing
+    _, later = open_stage('later', data=str(root), corpus=str(mine))
+    assert val <= set(parquet_documents(corpus_files(later, 'val'))) and not val & set(parquet_documents(corpus_files(later)))
+
+@pytest.mark.parametrize('name, content, says', [
+    ('a.jsonl', b'{"text": "x"}\nnot json\n', 'a.jsonl, line 2, is not JSON'), ('a.jsonl', b'{"n": 1}\n', "line 1, has no text column 'text' but no strings"),
+    ('a.jsonl', b'{"a": "x", "b": "y"}\n', "no text column 'text' but a, b; name it with --column"), ('a.txt', b'caf\xe9\n', 'a.txt is not UTF-8'),
+    ('a.jsonl.gz', b'no gzip', 'a.jsonl.gz cannot be read'), ('a.txt', b'one document', 'too few'), ('a.png', b'x', 'no \\* under'), ('a.parquet', b'PAR1', 'truncated or not parquet')])
+def test_bad_text_of_ones_own_is_one_line(root, tmp_path, name, content, says):
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/name).write_bytes(content)
+    with pytest.raises(NanochatError, match=says): open_stage('bad', data=str(root), corpus=str(tmp_path/'mine'))
+
+def test_a_repository_of_the_hub_keeps_its_files_and_needs_no_network_again(root, hub, tmp_path, monkeypatch):
+    shard = (root/FINEWEB.repo/NAMES[0]).read_bytes()
+    hub.files |= {f'someone/tales/en/{name}': shard for name in ('train-0.parquet', 'train-1.parquet', 'train-2.parquet', 'validation-0.parquet', 'test-0.parquet')}
+    corpus = find_corpus('someone/tales/en')
+    names = hub_names(tmp_path/'mirror', corpus, 2)
+    assert names == ['en/train-0.parquet', 'en/train-1.parquet', 'en/validation-0.parquet']
+    download(tmp_path/'mirror', corpus.repo, names, corpus.pattern)
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    assert hub_names(tmp_path/'mirror', corpus, 2) == names and len(download(tmp_path/'mirror', corpus.repo, names, corpus.pattern)) == 3
+
+def test_a_mixture_gives_each_corpus_its_share_of_the_tokens_and_resumes(root, tmp_path):
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'a.jsonl').write_text('\n'.join(json.dumps(f'{i} ' + 'zzz '*70) for i in range(200)))
+    _, run = open_stage('mixed', data=str(root), corpus=f'fineweb-edu=3,{tmp_path/"mine"}=1')
+    sources = corpus_sources(run)
+    for packing in ('flat', 'best_fit'):
+        options = dict(packing=packing, buffer=12, encode_batch=4)
+        loader, states, record = make(sources, **options), [], []
+        for _ in range(1500): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
+        own = torch.cat([batch.inputs for batch in record]).eq(ord('z')).float().mean()
+        assert packing == 'best_fit' or .24 < own*286/210 < .27, own  # 210 of about 286 tokens of such a document are a z; best_fit crops after the mixing
+        for stop in range(0, 1500, 111):
+            again = make(sources, **options)
+            again.load_state_dict(json.loads(states[stop]))
+            assert all(equal(next(again), batch) for batch in record[stop:stop + 10])
+    with pytest.raises(NanochatError, match='mixture of 2, not 1'): make(sources[:1], **options).load_state_dict(json.loads(states[0]))
+
+def make_world(folder, answers):
+    os.environ['NANOCHAT_HOME'] = str(folder)
+    answers.put(str(make_kindergarten(people=20, seed=1, documents=200)))
+
+def test_two_processes_that_make_the_same_world_make_it_once(tmp_path):
+    import multiprocessing
+    context = multiprocessing.get_context('spawn')
+    answers = context.Queue()
+    both = [context.Process(target=make_world, args=(tmp_path, answers)) for _ in range(2)]
+    for process in both: process.start()
+    roots = [Path(answers.get(timeout=120)) for _ in both]
+    for process in both: process.join()
+    assert roots[0] == roots[1] and [process.exitcode for process in both] == [0, 0]
+    assert verify_files(roots[0], sorted(roots[0].rglob('*.parquet'))) > 5 and not list(roots[0].parent.glob('*.part'))
 
 
 # documents
@@ -287,7 +418,7 @@ def test_a_thousand_random_stops_lose_no_token(files, packing):
 def test_state_stays_small(files):
     loader = make(files)
     for _ in range(100): next(loader)
-    assert len(json.dumps(loader.state_dict())) < 300
+    assert len(json.dumps(loader.state_dict())) < 400
 
 def test_state_with_another_shard_list_is_refused(files):
     state = make(files).state_dict()
@@ -368,7 +499,7 @@ def test_real_shards_are_found_read_and_packed(tmp_path, monkeypatch):
     record = main(run='real', profile='tiny', data=str(SHARED), shards=-1)
     assert record['results']['files'] == 7 and record['results']['documents'] + record['results']['val']['documents'] == 13_645
     run = Run.open('real')
-    assert run.info['val_shard'] == 'shard_00007.parquet' and run.info['bundle'] and find_bundle(folder_root(SHARED))
+    assert run.info['sources'][0]['val_shard'] == 'shard_00007.parquet' and run.info['bundle'] and find_bundle(folder_root(SHARED))
     loader = DocumentLoader(corpus_files(run), ByteTokenizer(), 8, 256)
     for _ in range(20): batch = next(loader)
     again = DocumentLoader(corpus_files(run), ByteTokenizer(), 8, 256)

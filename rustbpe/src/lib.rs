@@ -12,10 +12,11 @@ mod python {
     use crate::encode::Encoder as Core;
     use crate::merge::{Pair, Trainer};
     use crate::split::{Splitter, PATTERN};
+    use pyo3::buffer::PyBuffer;
     use pyo3::exceptions::PyValueError;
     use pyo3::ffi;
     use pyo3::prelude::*;
-    use pyo3::types::{PyBytes, PyDict, PyList, PyString};
+    use pyo3::types::{PyBytes, PyDict, PyInt, PyList, PyString};
     use std::ffi::{c_int, c_void};
     use std::sync::mpsc::{sync_channel, Receiver};
     use std::sync::{Arc, Mutex};
@@ -172,22 +173,27 @@ mod python {
     /// Text to ids with the ranks of a vocabulary: equal to tiktoken's ids, faster. `tokens` are the bytes of every
     /// token in the order of their ids; a text never yields anything else. Any number of threads may use one encoder.
     #[pyclass(frozen)]
-    struct Encoder(Core);
+    struct Encoder {
+        core: Core,
+        ids: Vec<Py<PyInt>>, // a Python number for each id, made once: a list of ids then only refers to them
+    }
 
     #[pymethods]
     impl Encoder {
         #[new]
         #[pyo3(signature = (tokens, pattern=None))]
         fn new(py: Python<'_>, tokens: Vec<Vec<u8>>, pattern: Option<&str>) -> PyResult<Self> {
-            py.detach(|| Core::new(&tokens, pattern)).map(Encoder).map_err(PyValueError::new_err)
+            let core = py.detach(|| Core::new(&tokens, pattern)).map_err(PyValueError::new_err)?;
+            let ids = (0..tokens.len()).map(|id| PyInt::new(py, id).unbind()).collect();
+            Ok(Encoder { core, ids })
         }
 
         /// The ids of one text. A text with half a surrogate pair raises UnicodeEncodeError.
         fn encode<'py>(&self, text: &Bound<'py, PyString>) -> PyResult<Bound<'py, PyList>> {
             let mut ids = vec![];
             let content = text.to_str()?;
-            text.py().detach(|| self.0.encode(content, &mut ids)).map_err(PyValueError::new_err)?;
-            PyList::new(text.py(), ids)
+            text.py().detach(|| self.core.encode(content, &mut ids)).map_err(PyValueError::new_err)?;
+            self.list(text.py(), &ids)
         }
 
         /// A list of ids for each text; with `prepend`, that id before each.
@@ -197,7 +203,7 @@ mod python {
             for (ids, counts) in self.batch(py, &texts, prepend, threads)? {
                 let mut start = 0;
                 for count in counts {
-                    lists.append(PyList::new(py, &ids[start..start + count])?)?;
+                    lists.append(self.list(py, &ids[start..start + count])?)?;
                     start += count;
                 }
             }
@@ -208,14 +214,46 @@ mod python {
         /// numpy.frombuffer makes arrays of them without a copy, and without an object for each id.
         #[pyo3(signature = (texts, prepend=None, threads=1))]
         fn encode_flat(&self, py: Python<'_>, texts: Vec<Bound<'_, PyString>>, prepend: Option<u32>, threads: usize) -> PyResult<(Numbers, Numbers)> {
-            let mut parts = self.batch(py, &texts, prepend, threads)?.into_iter();
-            let (mut ids, mut counts) = parts.next().unwrap_or_default();
-            for (more_ids, more_counts) in parts {
-                ids.extend(more_ids);
-                counts.extend(more_counts);
-            }
-            Ok((Numbers(ids), Numbers(counts.iter().map(|&count| count as u32).collect())))
+            Ok(flat(self.batch(py, &texts, prepend, threads)?))
         }
+
+        /// The same for texts that stand one after the other in one buffer of UTF-8, as in a string column of Arrow or
+        /// Parquet: text i lies between offsets i and i + 1. No Python string is made. The buffer must not be changed meanwhile.
+        #[pyo3(signature = (data, offsets, prepend=None, threads=1))]
+        fn encode_utf8(&self, py: Python<'_>, data: PyBuffer<u8>, offsets: PyBuffer<i64>, prepend: Option<u32>, threads: usize) -> PyResult<(Numbers, Numbers)> {
+            let offsets = offsets.to_vec(py)?;
+            if data.dimensions() != 1 || !data.is_c_contiguous() {
+                return Err(PyValueError::new_err("data must be contiguous bytes"));
+            }
+            // Safety: the view keeps the buffer alive, it is contiguous, and the caller leaves it unchanged.
+            let bytes = unsafe { std::slice::from_raw_parts(data.buf_ptr() as *const u8, data.item_count()) };
+            let parts = py.detach(|| {
+                let texts = cut(bytes, &offsets)?;
+                self.core.encode_batch(&texts, prepend, threads)
+            });
+            parts.map(flat).map_err(PyValueError::new_err)
+        }
+    }
+
+    /// The texts between offsets of a buffer; the first that is not UTF-8, or not inside of it, is named.
+    fn cut<'a>(bytes: &'a [u8], offsets: &[i64]) -> Result<Vec<&'a str>, String> {
+        let text = |i: usize, start: i64, end: i64| {
+            let part = usize::try_from(start).ok().zip(usize::try_from(end).ok()).and_then(|(start, end)| bytes.get(start..end));
+            let part = part.ok_or_else(|| format!("text {i} lies outside of the buffer"))?;
+            std::str::from_utf8(part).map_err(|_| format!("text {i} is not UTF-8"))
+        };
+        offsets.windows(2).enumerate().map(|(i, pair)| text(i, pair[0], pair[1])).collect()
+    }
+
+    /// The parts of a batch as one run of ids and one of counts.
+    fn flat(parts: Vec<(Vec<u32>, Vec<usize>)>) -> (Numbers, Numbers) {
+        let mut parts = parts.into_iter();
+        let (mut ids, mut counts) = parts.next().unwrap_or_default();
+        for (more_ids, more_counts) in parts {
+            ids.extend(more_ids);
+            counts.extend(more_counts);
+        }
+        (Numbers(ids), Numbers(counts.iter().map(|&count| count as u32).collect()))
     }
 
     /// Numbers that Python reads through the buffer protocol.
@@ -237,9 +275,15 @@ mod python {
     }
 
     impl Encoder {
+        fn list<'py>(&self, py: Python<'py>, ids: &[u32]) -> PyResult<Bound<'py, PyList>> {
+            // an id to prepend may be none of a token: it gets a number of its own
+            let number = |&id: &u32| self.ids.get(id as usize).map_or_else(|| PyInt::new(py, id), |number| number.bind(py).clone());
+            PyList::new(py, ids.iter().map(number))
+        }
+
         fn batch(&self, py: Python<'_>, texts: &[Bound<'_, PyString>], prepend: Option<u32>, threads: usize) -> PyResult<Vec<(Vec<u32>, Vec<usize>)>> {
             let contents = texts.iter().map(|text| text.to_str()).collect::<PyResult<Vec<&str>>>()?;
-            py.detach(|| self.0.encode_batch(&contents, prepend, threads)).map_err(PyValueError::new_err)
+            py.detach(|| self.core.encode_batch(&contents, prepend, threads)).map_err(PyValueError::new_err)
         }
     }
 

@@ -270,7 +270,8 @@ mod tests {
     fn random_text_is_cut_as_the_regex_cuts_it() {
         let alphabet: Vec<char> = "aZé中'''sSdDmMtTlLvVeErRſ019²٣Ⅷ   \t\n\r\u{a0}\u{3000}\u{85}.!-_😀\u{301}\0\u{feff}".chars().collect();
         let engine = engine();
-        let mut state = 0x9E37_79B9_7F4A_7C15u64;
+        let number = |name: &str, default: u64| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
+        let mut state = 0x9E37_79B9_7F4A_7C15u64 ^ number("RUSTBPE_SEED", 0);
         let mut random = || {
             // xorshift64: enough to visit the corners
             state ^= state << 13;
@@ -278,10 +279,14 @@ mod tests {
             state ^= state << 17;
             state as usize
         };
-        // RUSTBPE_TEXTS=10000000 takes a minute or two; lengths on both sides of the 16 bytes that fast_chunk sees
-        let texts = std::env::var("RUSTBPE_TEXTS").map_or(200_000, |texts| texts.parse().expect("a number"));
-        for _ in 0..texts {
-            let text: String = (0..random() % 40).map(|_| alphabet[random() % alphabet.len()]).collect();
+        // RUSTBPE_TEXTS=10000000 takes some minutes; lengths on both sides of the 16 bytes that fast_chunk sees; now and then a character of any kind
+        for _ in 0..number("RUSTBPE_TEXTS", 200_000) {
+            let mut character = || match random() % 8 {
+                0 => char::from_u32(random() as u32 % 0x11_0000).unwrap_or('a'),
+                _ => alphabet[random() % alphabet.len()],
+            };
+            let text: String = (0..40).map(|_| character()).collect();
+            let text: String = text.chars().take(random() % 41).collect();
             assert_eq!(chunks(&Splitter::Builtin, &text), chunks(&engine, &text), "{text:?}");
         }
     }
