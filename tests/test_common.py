@@ -1,10 +1,11 @@
 "What every stage relies on: options from three places, records, and the loop's clock."
+import sys
 import time
 
 import pytest
 import torch
 
-from nanochat import train
+from nanochat import common, train
 from nanochat.common import Compute, NanochatError, Run, load_profile, parse_override, resolve_options, stage
 
 
@@ -66,3 +67,36 @@ def test_a_horizon_in_minutes_counts_what_was_trained_before_a_resume(monkeypatc
     trainer.__dict__.update(compute=Compute(torch.device('cpu'), torch.float32), minutes=2.0, seconds=60.0, step=120, warm_step=110, warm_time=990.0, begun=980.0)
     trainer.choose_steps()  # a second a step; 60 s before the resume and 20 since: 40 s are left
     assert trainer.num_steps == 160
+
+
+# --- measurements for others to watch --------------------------------------------------------------------------------
+
+FAKE = '''
+seen = []
+def init(**options): seen.append(options)
+def log(values): seen.append(values)
+'''
+
+
+def test_measurements_also_go_to_the_tracker_that_is_asked_for(home, tmp_path, monkeypatch):
+    (tmp_path / 'trackio.py').write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv('NANOCHAT_TRACKER', 'trackio')
+    common.tracker.cache_clear()
+    run = Run.create('watched')
+    run.log('base', 3, loss=2.5, note='words stay here')
+    run.log('base', 4, loss=2.25)
+    import trackio
+    opened, first, second = trackio.seen
+    assert opened == dict(project='nanochat', name='watched', resume='allow')
+    assert (first['base/step'], first['base/loss'], second['base/loss']) == (3, 2.5, 2.25) and 'base/note' not in first
+    assert len(run.metrics('base')) == 2
+
+
+@pytest.mark.parametrize('name, says', [('tensorboard', 'unknown; known are wandb, trackio'), ('wandb', 'not installed')])
+def test_a_tracker_that_cannot_be_had_is_one_line(home, monkeypatch, name, says):
+    monkeypatch.setenv('NANOCHAT_TRACKER', name)
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # as if it were not installed
+    common.tracker.cache_clear()
+    with pytest.raises(NanochatError, match=says): Run.create('r').log('base', 1)
+    common.tracker.cache_clear()
