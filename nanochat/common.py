@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha
            'pick_dtype', 'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup',
            'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections', 'load_profile', 'describe_machine',
            'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value', 'build_parser', 'resolve_options',
-           'Stage', 'in_notebook', 'stage', 'stage_command', 'die_with_parent', 'launch', 'parse_override']
+           'Stage', 'in_notebook', 'stage', 'torchrun', 'stage_command', 'die_with_parent', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #cd158ef5
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, sys, time, traceback
@@ -487,7 +487,19 @@ def stage(
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
 
-# %% ../nbs/00_common.ipynb #7d84a53e
+# %% ../nbs/00_common.ipynb #86e72dc0
+def torchrun(
+    nproc: int, # processes on this machine
+) -> list[str]: # first words of a command
+    "Start a module in several processes: of this machine, or also of others where NNODES, NODE_RANK and MASTER_ADDR say so"
+    nodes = os.environ.get("NNODES", "1")
+    if nodes == "1": where = ["--standalone"]
+    else:
+        missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not os.environ.get(name)]
+        if missing: raise NanochatError(f"NNODES={nodes}, but {missing[0]} is not set; set it on every node, see the README")
+        where = [f"--nnodes={nodes}", f"--node-rank={os.environ['NODE_RANK']}", f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ.get('MASTER_PORT', '29500')}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
+
 def stage_command(
     module: str, # module of the stage, as in pretrain
     run: str, # name of the run
@@ -496,7 +508,7 @@ def stage_command(
     **options, # the stage's options
 ) -> list[str]:
     "The command line that runs a stage"
-    start = [sys.executable, "-m"] if nproc == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
+    start = [sys.executable, "-m"] if nproc == 1 and os.environ.get("NNODES", "1") == "1" else torchrun(nproc)
     words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
     return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
 
@@ -515,7 +527,7 @@ def launch(
     "Run a stage as a command and show what it prints; raises `NanochatError` with its message if it fails"
     import subprocess
     command = stage_command(module, run, profile, nproc, **options)
-    print("$ " + " ".join(["torchrun", *command[3:]] if nproc > 1 else ["python", *command[1:]]), flush=True)
+    print("$ " + " ".join(["torchrun", *command[3:]] if "torch.distributed.run" in command else ["python", *command[1:]]), flush=True)
     errors, failed = [], False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent,
                           env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:

@@ -115,21 +115,29 @@ def test_a_failing_stage_fails_the_run_with_its_own_message(copy):
     assert "no whole checkpoint of stage mid" in done.stderr
 
 
+def losses(home, run="run"):
+    return [json.loads(l)["loss"] for l in Path(home, "runs", run, "metrics.jsonl").read_text().splitlines() if '"loss"' in l]
+
+
+def before_base(finished, home):
+    "A home with what a run has before its first training"
+    shutil.copytree(finished / "data", home / "data")
+    shutil.copytree(finished / "runs/run/tokenizer", home / "runs/run/tokenizer")
+    (home / "runs/run/stages").mkdir()
+    for name in ("dataset", "tokenizer"): shutil.copy(finished / f"runs/run/stages/{name}.json", home / "runs/run/stages")
+    shutil.copy(finished / "runs/run/run.json", home / "runs/run/run.json")
+    return home
+
+
 def test_two_processes_have_the_loss_curve_of_one(finished, tmp_path):
-    def curve(home, run): return [json.loads(l)["loss"] for l in Path(home, "runs", run, "metrics.jsonl").read_text().splitlines() if '"loss"' in l]
     curves = []
     for nproc in (1, 2):
-        home = tmp_path / str(nproc)
-        shutil.copytree(finished / "data", home / "data")
-        shutil.copytree(finished / "runs/run/tokenizer", home / "runs/run/tokenizer")
-        (home / "runs/run/stages").mkdir()
-        for name in ("dataset", "tokenizer"): shutil.copy(finished / f"runs/run/stages/{name}.json", home / "runs/run/stages")
-        shutil.copy(finished / "runs/run/run.json", home / "runs/run/run.json")
+        home = before_base(finished, tmp_path / str(nproc))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", "-m", "--", "nanochat.pretrain", "--run", "run", "--profile", "tiny",
                    "--dtype", "float32", "--steps", "25"]
         done = subprocess.run(command, cwd=ROOT, env=environment(home) | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        curves.append(curve(home, "run"))
+        curves.append(losses(home))
     assert len(curves[0]) == len(curves[1]) == 25
     assert max(abs(a - b) for a, b in zip(*curves)) < 1e-3
 
@@ -172,3 +180,39 @@ def test_two_processes_on_one_run_the_second_is_refused(copy):
     try:
         with Run.open("run").lock(): assert_one_line(stage(copy, "pretrain"), "in use by process")
     finally: del os.environ["NANOCHAT_HOME"]
+
+
+# --- several machines ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def two_nodes():
+    "Two network namespaces of this machine, joined by a wire: their names, their addresses"
+    tag = f"nc{os.getpid() % 10_000}"
+    names, addresses = [f"{tag}a", f"{tag}b"], ["10.213.7.1", "10.213.7.2"]
+    def ip(*words): return subprocess.run(["ip", *words], capture_output=True, text=True)
+    if not shutil.which("ip") or ip("netns", "add", names[0]).returncode: pytest.skip("network namespaces need root and the command ip")
+    try:
+        ip("netns", "add", names[1])
+        made = ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        if made.returncode: pytest.skip(f"no virtual network here: {made.stderr.strip()}")
+        for name, address in zip(names, addresses):
+            for words in (["addr", "add", f"{address}/24", "dev", name], ["link", "set", name, "up"], ["link", "set", "lo", "up"]): ip("-n", name, *words)
+        yield names, addresses
+    finally:
+        for name in names: ip("netns", "del", name)
+
+
+def test_two_nodes_in_two_network_namespaces_have_the_loss_curve_of_one(finished, tmp_path, two_nodes):
+    names, addresses = two_nodes
+    homes = [before_base(finished, tmp_path / name) for name in ("one", "two")]
+    script = "from nanochat.common import launch; launch('pretrain', 'run', 'tiny', 1, dtype='float32', steps=15)"
+    def start(home, node, **more):
+        inside = ["ip", "netns", "exec", names[node]] if more else []
+        return subprocess.Popen([*inside, sys.executable, "-c", script], cwd=ROOT, env=environment(home) | dict(OMP_NUM_THREADS="1") | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pair = [start(homes[1], node, NNODES="2", NODE_RANK=str(node), MASTER_ADDR=addresses[0], GLOO_SOCKET_IFNAME=names[node]) for node in range(2)]
+    for process in [*pair, start(homes[0], 0)]:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out[-3000:]
+    assert len(losses(homes[0])) == len(losses(homes[1])) == 15
+    assert max(abs(a - b) for a, b in zip(losses(homes[0]), losses(homes[1]))) < 1e-3
+    assert records(homes[1], "run")["base"]["processes"] == 2

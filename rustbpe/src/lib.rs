@@ -26,7 +26,7 @@ mod python {
 
     /// Text is copied out of Python in batches of 4 MB while the other threads count: the queue holds at
     /// most one batch a thread, so memory is bounded by the distinct chunks, not by the corpus.
-    fn count_chunks(texts: &Bound<'_, PyAny>, pattern: Option<&str>) -> PyResult<Counts> {
+    fn count_chunks(texts: &Bound<'_, PyAny>, pattern: Option<&str>, progress: Option<&Bound<'_, PyAny>>) -> PyResult<Counts> {
         let splitter = Splitter::new(pattern).map_err(PyValueError::new_err)?;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
         let (sender, receiver) = sync_channel::<Batch>(threads);
@@ -35,7 +35,7 @@ mod python {
             let spawn = |queue: Arc<Mutex<Receiver<Batch>>>| scope.spawn(|| count_batches(queue, &splitter));
             let workers: Vec<_> = (0..threads).map(|_| spawn(receiver.clone())).collect();
             drop(receiver); // the workers own the queue: without them, sending fails instead of waiting for ever
-            let fed = feed(texts, |batch| sender.send(batch).is_ok());
+            let fed = feed(texts, |batch| sender.send(batch).is_ok(), progress);
             drop(sender); // the workers see the end of the queue
             let counted = texts.py().detach(|| workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>());
             fed?;
@@ -72,9 +72,9 @@ mod python {
     }
 
     /// Pulls strings from a Python iterator and hands them on in batches; stops at Ctrl-C.
-    fn feed(texts: &Bound<'_, PyAny>, send: impl Fn(Batch) -> bool + Sync + Send) -> PyResult<()> {
+    fn feed(texts: &Bound<'_, PyAny>, send: impl Fn(Batch) -> bool + Sync + Send, progress: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let py = texts.py();
-        let mut batch = Batch::default();
+        let (mut batch, mut bytes) = (Batch::default(), 0);
         for text in texts.try_iter()? {
             let text = text?;
             let text = text.cast::<PyString>().map_err(|_| {
@@ -84,10 +84,12 @@ mod python {
             batch.push(well_formed(text)?.to_str()?);
             if batch.bytes() >= BATCH_BYTES {
                 let full = std::mem::take(&mut batch);
+                bytes += full.bytes();
                 if !py.detach(|| send(full)) {
                     break;
                 }
                 py.check_signals()?;
+                tell(progress, bytes, 0)?;
             }
         }
         if !batch.is_empty() {
@@ -96,7 +98,12 @@ mod python {
         Ok(())
     }
 
-    fn learn_merges(py: Python<'_>, counts: Counts, num_merges: usize) -> PyResult<Vec<Pair>> {
+    /// Calls back with the bytes read and the merges made so far.
+    fn tell(progress: Option<&Bound<'_, PyAny>>, bytes: usize, merges: usize) -> PyResult<()> {
+        progress.map_or(Ok(()), |progress| progress.call1((bytes, merges)).map(|_| ()))
+    }
+
+    fn learn_merges(py: Python<'_>, counts: Counts, num_merges: usize, progress: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<Pair>> {
         let mut trainer = py.detach(|| Trainer::new(counts)).map_err(PyValueError::new_err)?;
         let mut merges = vec![];
         while merges.len() < num_merges {
@@ -111,6 +118,7 @@ mod python {
                 true
             });
             py.check_signals()?;
+            tell(progress, 0, merges.len())?;
             if !more {
                 break;
             }
@@ -121,13 +129,13 @@ mod python {
 
     /// Learn vocab_size - 256 merges from an iterable of strings. Returns a list of (left id, right id):
     /// ids 0 to 255 are the bytes, merge number i makes id 256 + i. The list is shorter when the text has
-    /// no pair left to merge.
+    /// no pair left to merge. `progress` is called now and then with the bytes read (0 once all are) and the merges made.
     #[pyfunction]
-    #[pyo3(signature = (texts, vocab_size, pattern=None))]
-    fn train(texts: &Bound<'_, PyAny>, vocab_size: usize, pattern: Option<&str>) -> PyResult<Vec<Pair>> {
+    #[pyo3(signature = (texts, vocab_size, pattern=None, progress=None))]
+    fn train(texts: &Bound<'_, PyAny>, vocab_size: usize, pattern: Option<&str>, progress: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<Pair>> {
         let num_merges = vocab_size.checked_sub(256).ok_or_else(|| PyValueError::new_err("vocab_size must be at least 256, one id for each byte"))?;
-        let counts = count_chunks(texts, pattern)?;
-        learn_merges(texts.py(), counts, num_merges)
+        let counts = count_chunks(texts, pattern, progress)?;
+        learn_merges(texts.py(), counts, num_merges, progress)
     }
 
     /// The first half of train: how often each distinct chunk occurs, as a dict from bytes to int.
@@ -136,7 +144,7 @@ mod python {
     fn count<'py>(texts: &Bound<'py, PyAny>, pattern: Option<&str>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(texts.py());
         let mut result = Ok(());
-        count_chunks(texts, pattern)?.for_each(|chunk, count| {
+        count_chunks(texts, pattern, None)?.for_each(|chunk, count| {
             if result.is_ok() {
                 result = dict.set_item(PyBytes::new(texts.py(), chunk), count);
             }
@@ -155,7 +163,7 @@ mod python {
                 total.add(chunk.as_bytes(), count);
             }
         }
-        learn_merges(counts.py(), total, num_merges)
+        learn_merges(counts.py(), total, num_merges, None)
     }
 
     /// The chunks of one text.
