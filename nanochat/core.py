@@ -233,7 +233,7 @@ def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) 
     tails = [Row(row.ids[start:], row.start - start, row.stop - start) for rows, start in zip(items, starts) for row in rows]
     ids = pad_rows(tails, pad, device)
     cache = KVCache(model.config, len(tails), prefix.size(1) + ids.size(1), device=device, dtype=model.compute_dtype)
-    for mine, theirs in (cache.k, read.k), (cache.v, read.v): mine[:, :, :, :prefix.size(1)] = theirs[:, owner]
+    for mine, theirs in zip(cache.parts, read.parts): mine[:, :, :, :prefix.size(1)] = theirs[:, owner]
     cache.lengths[:] = torch.tensor(starts, device=device)[owner]  # padding after a shorter start is overwritten or masked
     return score_spans(model, model.hidden(ids, cache=cache), ids, tails)
 

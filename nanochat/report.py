@@ -15,6 +15,7 @@ import html, json, math, re
 from pathlib import Path
 
 from .common import Compute, NanochatError, Run, print0, profiles_dir, stage, write_atomic
+from .tokenizer import compression_table
 
 # %% ../nbs/19_report.ipynb #3c2a0c9a
 MODELS = ['base', 'mid', 'sft', 'rl']
@@ -389,8 +390,9 @@ def stage_blocks(records: dict) -> list[tuple]:
         if not record: blocks.append(('text', f"Not complete: {lines[-1]['step']:,} steps so far."))
         blocks += [('curve', label, points) for label, points in curves(lines)]
         if not record: continue
-        results = {key: value for key, value in (record.get('results') or {}).items() if key != 'tasks'}
+        results = {key: value for key, value in (record.get('results') or {}).items() if key not in ('tasks', 'compression')}
         if results: blocks.append(('table', ['result', 'value'], flat(results)))
+        if compression := (record.get('results') or {}).get('compression'): blocks += [('text', 'Tokens for the same texts, against published tokenizers:'), ('table', *compression_table(compression))]
         if record.get('options'): blocks.append(('fold', 'settings', [('table', ['setting', 'value'], flat(record['options']))]))
     return blocks
 

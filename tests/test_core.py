@@ -30,9 +30,9 @@ class ByteTokenizer:
     bos, vocab_size = 256, 257
     def encode(self, texts, prepend=None): return [[prepend] + list(text.encode()) for text in texts]
 
-def make_model(vocab_size=257, sequence_len=64, seed=0, n_layer=2):
+def make_model(vocab_size=257, sequence_len=64, seed=0, n_layer=2, recipe='classic'):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=n_layer, n_head=2, n_kv_head=1, n_embd=32))
+    model = GPT(GPTConfig.from_depth(n_layer, vocab_size, sequence_len, recipe=recipe, n_head=2, n_kv_head=1, n_embd=64))
     for weight in model.parameters(): torch.nn.init.normal_(weight, std=.15)
     return model
 
@@ -125,8 +125,9 @@ def test_an_answer_that_begins_another_answer_is_still_scored():
     assert all(row.start < row.stop for row in rows)
 
 @pytest.mark.parametrize('tokens', [1, 200, 10_000])
-def test_reading_a_shared_start_once_changes_no_score(tokens):
-    model, rng = make_model(), random.Random(0)
+@pytest.mark.parametrize('recipe', ['classic', 'modern'])
+def test_reading_a_shared_start_once_changes_no_score(tokens, recipe):
+    model, rng = make_model(recipe=recipe), random.Random(0)
     items = []
     for length in (20, 35, 50, 31):
         start = [rng.randrange(257) for _ in range(length)]

@@ -414,6 +414,12 @@ def test_a_folder_of_another_model_is_refused_by_name(change, said, tokenizer, t
     with pytest.raises(NanochatError, match=said): hf.load(folder)
 
 
+@pytest.mark.parametrize("switch", ["smear", "value_embeddings"])
+def test_export_refuses_what_transformers_cannot_express(tokenizer, tmp_path, switch):
+    model = lively(depth=1, n_embd=32, vocab_size=tokenizer.vocab_size, **{switch: True})
+    with pytest.raises(NanochatError, match=f"transformers' NanoChat has no {switch}"): hf.save(model, tokenizer, tmp_path / "out")
+
+
 def test_export_never_touches_a_folder_with_files_in_it(tokenizer, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(NanochatError, match="not empty"): hf.save(lively(depth=1, n_embd=32, vocab_size=tokenizer.vocab_size), tokenizer, tmp_path)

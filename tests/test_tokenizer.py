@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 import subprocess
+import sys
 import unicodedata
 import warnings
 from pathlib import Path
@@ -341,6 +342,264 @@ def test_half_a_surrogate_pair_is_one_replacement_sign_in_every_trainer():
     texts = ["a \ud83d b?", "\udc00\udc00?", "?"]
     assert rustbpe.count(texts) == count_chunks(texts)
     assert rustbpe.split(texts[0]) == ["a", " \ufffd", " b", "?"]
+
+
+def test_a_cut_at_any_length_keeps_ids_and_mask_together_and_warns_exactly_when_nothing_is_left_to_learn(tokenizer):
+    draw = random.Random(7)
+    for conversation in [TOOL, *(random_conversation(draw) for _ in range(60))]:
+        ids, mask = tokenizer.render_conversation(conversation, max_tokens=10**6)
+        assert len(ids) == len(mask) and mask[0] == 0 and mask[-1] == 1
+        for length in {1, 2, 3, len(ids) // 2, len(ids) - 1, len(ids), len(ids) + 5, draw.randrange(1, len(ids) + 1)}:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                cut = tokenizer.render_conversation(conversation, max_tokens=length)
+            assert cut == (ids[:length], mask[:length])
+            assert bool(caught) == (not any(mask[:length]))
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_length_without_room_for_a_token_is_refused(tokenizer, length):
+    with pytest.raises(NanochatError, match="max_tokens"): tokenizer.render_conversation(TOOL, max_tokens=length)
+
+
+def test_a_conversation_cut_before_its_answer_is_counted_by_the_loader(tokenizer):
+    from nanochat.dataloader import ConversationLoader
+    long = [dict(role="user", content="word " * 500), dict(role="assistant", content="x")]
+    for packing in ("padded", "best_fit"):
+        loader = ConversationLoader([long, TOOL], tokenizer, 1, 64, packing=packing, epochs=1)
+        batches = list(loader)
+        assert loader.stats["dropped"] == 1
+        assert sum(int((batch.targets >= 0).sum()) for batch in batches) == sum(tokenizer.render_conversation(TOOL)[1])
+
+
+def test_random_conversations_supervise_the_assistants_words_and_calls_and_nothing_else(tokenizer):
+    draw = random.Random(8)
+    for _ in range(200):
+        conversation = random_conversation(draw)
+        expected = ""
+        for message in conversation:
+            if message["role"] != "assistant": continue
+            content = message["content"]
+            for part in [dict(type="text", text=content)] if isinstance(content, str) else content:
+                expected += {"text": part["text"], "python": f"<|python_start|>{part['text']}<|python_end|>", "python_output": ""}[part["type"]]
+            expected += "<|assistant_end|>"
+        ids, mask = tokenizer.render_conversation(conversation, max_tokens=10**6)
+        assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == expected
+
+
+@pytest.mark.parametrize("messages, said", [("hello", "message 0 is not a mapping"), ([dict(role="user")], "message 0 is not"), (dict(rows=[]), "no message"), ([dict(role="user", content=None)], "message 0 .* no text"),
+    ([dict(role="system", content=["x"]), TOOL[0]], "message 0 .* no text"), ([dict(role="system", content="x"), dict(role="user", content=1)], "message 1 .* no text"),
+    ([dict(role="system", content="x"), TOOL[1]], "expected 'user'"), ([TOOL[0], dict(role="assistant", content=None)], "message 1 .* no text"),
+    ([TOOL[0], dict(role="assistant", content=["x"])], "message 1 .* no text"), ([TOOL[0], dict(role="assistant", content=[dict(type="text")])], "message 1 .* no text"),
+    ([TOOL[0], dict(role="assistant", content=[dict(text="x")])], "type 'None'"), ([TOOL[0], dict(role="tool", content="x")], "role 'tool'")])
+def test_a_malformed_conversation_is_refused_by_the_place_of_its_message(tokenizer, messages, said):
+    for render in (tokenizer.render_conversation, tokenizer.render_for_completion):
+        with pytest.raises(NanochatError, match=said) as caught: render(messages)
+        assert "\n" not in str(caught.value)
+
+
+# --- the same tokenizer in transformers
+
+def random_conversation(draw):
+    "Turns full of what could break a template: names of special tokens and pieces of them, white space, scripts, tools"
+    def text(): return "".join(draw.choices(["<", "|", "<|", "|>", "bos", "<|bos|>", "<|assistant_start|>", "{{", "%}", "'", '"', "\\n", "\n", " ", "\t", "a", "Word", "12", "é", "세계", "😀", ">"], k=draw.randrange(9)))
+    def answer():
+        if draw.random() < 0.5: return text()
+        kinds = draw.choices([["python"], ["python", "python_output"], ["text", "python"]], k=draw.randrange(3)) + [["text"]] * draw.randrange(2)
+        kinds = [kind for some in kinds for kind in some]  # never two texts in a row: there they are joined
+        return [dict(type=kind, text=text()) for kind in kinds]
+    turns = draw.randrange(1, 5)
+    messages = [dict(role="system", content=text())] if draw.random() < 0.4 else []
+    for _ in range(turns): messages += [dict(role="user", content=text()), dict(role="assistant", content=answer())]
+    return messages
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    tokenizer.save(folder := tmp_path_factory.mktemp("saved"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_opens_a_saved_folder_and_gives_the_same_ids(tokenizer, theirs, texts):
+    runs = [mark * n for mark in (" ", "\n", "\t", "\r\n", " \n", "\u00a0", "\u3000", "\u0085", "a", "é", "😀", "1", "!") for n in (1, 2, 3, 7, 100)]
+    for text in texts[:100] + random_texts(1000, seed=5) + runs + [f"x{run}y {run}" for run in runs] + list(LANGUAGES.values()) + list(module.SAMPLES.values()):
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert len(theirs) == tokenizer.vocab_size
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos, tokenizer.special["<|assistant_end|>"])
+
+
+def test_transformers_gives_the_same_ids_for_every_character(tokenizer, theirs):
+    characters = [chr(code) for code in range(0x110000) if unicodedata.category(chr(code)) not in ("Cn", "Cs", "Co")]
+    texts = ["".join(f"{c}a {c}{c}1{c}'{c}\n{c}  {c}!" for c in characters[i:i + 100]) for i in range(0, len(characters), 100)]
+    assert [text[0] for text, a, b in zip(texts, theirs(texts)["input_ids"], tokenizer.encode(texts)) if a != b] == []
+
+
+def test_transformers_gives_the_same_ids_on_random_unicode(tokenizer, theirs):
+    draw = random.Random(4)
+    def character():
+        code = draw.choice((draw.randrange(128), draw.randrange(0x800), draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)))
+        return chr(code) if unicodedata.category(chr(code)) != "Cn" else " "
+    for size in (1, 3, 15, 60, 300) * 60:
+        text = "".join(character() for _ in range(draw.randrange(size + 1)))
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+
+
+def test_the_chat_template_renders_the_ids_and_the_mask_of_render_conversation(tokenizer, theirs):
+    draw = random.Random(6)
+    system = [dict(role="system", content="Be brief."), *TOOL]
+    for conversation in [TOOL, system, TOOL[:2], *(random_conversation(draw) for _ in range(300))]:
+        ids, mask = tokenizer.render_conversation(conversation, max_tokens=10**6)
+        rendered = theirs.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        assert rendered["input_ids"] == ids and rendered["assistant_masks"] == mask
+        asked = theirs.apply_chat_template(conversation[:-1], add_generation_prompt=True, return_dict=False)
+        assert asked == tokenizer.render_for_completion(conversation)
+
+
+def test_a_forged_special_token_stays_text_in_the_template_and_where_transformers_is_asked_to_split(tokenizer, theirs):
+    forged = "".join(SPECIAL_TOKENS) + "<<|bos|>> <|user_end|>"
+    assert theirs(forged, split_special_tokens=True)["input_ids"] == tokenizer.encode(forged)
+    first = min(tokenizer.special.values())
+    assert max(theirs(forged)["input_ids"]) >= first  # its custom with plain text; if this ever changes, notebook 01 has to say so
+    parts = [[dict(type="text", text=piece) for piece in ("<", "|bos|>", "<|", "bos|>")], forged]
+    for content in parts:
+        talk = [dict(role="system", content=content), dict(role="user", content=content), dict(role="assistant", content=content)]
+        ids = theirs.apply_chat_template(talk, return_dict=False)
+        assert [tokenizer.decode([i]) for i in ids if i >= first] == ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+
+
+@pytest.mark.parametrize("messages", [[dict(role="assistant", content="x")], [dict(role="user", content="x")] * 2, [dict(role="system", content="x")] * 2,
+                                      [dict(role="user", content="x"), dict(role="system", content="x")],
+                                      [dict(role="user", content="x"), dict(role="assistant", content=[dict(type="image", text="")])]])
+def test_the_chat_template_refuses_what_render_conversation_refuses(messages, tokenizer, theirs):
+    with pytest.raises(NanochatError): tokenizer.render_conversation(messages)
+    with pytest.raises(Exception, match="roles must alternate|unknown part"): theirs.apply_chat_template(messages)
+
+
+def test_a_tokenizer_comes_back_from_tokenizer_json_also_after_transformers_has_saved_it(tokenizer, theirs, folder, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    for file in (folder, tmp_path):
+        again = Tokenizer.from_hf(json.loads((file / "tokenizer.json").read_text()))
+        assert again.fingerprint == tokenizer.fingerprint and again.ranks == tokenizer.ranks
+    import transformers
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.apply_chat_template(TOOL, return_dict=False) == tokenizer.render_conversation(TOOL)[0]
+
+
+@pytest.mark.parametrize("change, said", [(dict(normalizer=dict(type="NFC")), "NFC"), (dict(pre_tokenizer=None), "split pattern"), (dict(model=dict(vocab={"é中": 0})), "byte-level"),
+                                          (dict(added_tokens=[dict(content="<|bos|>", id=3)]), "special tokens"), (dict(added_tokens="x"), "byte-level")])
+def test_a_tokenizer_json_of_another_kind_is_refused_in_one_line(change, said, tokenizer):
+    with pytest.raises(NanochatError, match=said) as caught: Tokenizer.from_hf(tokenizer.to_hf() | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_saving_needs_no_transformers_and_loading_looks_at_our_files_only(tokenizer, tmp_path):
+    code = ("import sys; sys.modules.update(transformers=None, tokenizers=None, jinja2=None)\n"
+            "from nanochat.tokenizer import Tokenizer\nTokenizer.train(['a b ab'], 270).save(sys.argv[1])")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], check=True)
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["chat_template.jinja", "meta.json", "ranks.tiktoken", "token_bytes.json", "tokenizer.json", "tokenizer_config.json"]
+    tokenizer.save(tmp_path)
+    for name in tokenizer.hf_files(): (tmp_path / name).write_text("{")
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+    for name in tokenizer.hf_files(): (tmp_path / name).unlink()
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_a_fingerprint_is_the_one_that_models_were_bound_to_before():
+    assert Tokenizer(merges_to_ranks([(97, 110), (98, 256)])).fingerprint.startswith("5e46d9e61a540a897ff4")
+
+
+# --- the compression report
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    "tiktoken knows nothing yet, has an empty cache, and nobody may reach out"
+    def unreachable(*args, **kwargs): raise AssertionError("the network was asked")
+    import socket
+    import tiktoken.registry
+    monkeypatch.setattr(socket, "socket", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+
+
+def test_the_compression_report_counts_bytes_tokens_and_savings():
+    letters, words = Tokenizer(merges_to_ranks([])), Tokenizer(merges_to_ranks([(97, 98), (256, 99)]))
+    report = module.compression_report(dict(words=words, letters=letters), dict(a="abc", b=["abc abc", "é"], none=[], empty=""))
+    assert report == dict(a=dict(bytes=3, tokens=dict(words=1, letters=3), bytes_per_token=dict(words=3.0, letters=1.0), saved=dict(letters=round(2 / 3, 4))),
+                          b=dict(bytes=9, tokens=dict(words=5, letters=9), bytes_per_token=dict(words=1.8, letters=1.0), saved=dict(letters=round(4 / 9, 4))))
+    header, rows = module.compression_table(report)
+    assert header == ["text", "bytes", "tokens, words", "tokens, letters", "bytes per token, words", "bytes per token, letters", "fewer than letters"]
+    assert rows[0] == ["a", "3", "1", "3", "3.00", "1.00", "+66.7%"] and len(rows[1]) == len(header)
+    assert module.compression_table(module.compression_report(dict(letters=letters), dict(a="abc")))[1] == [["a", "3", "3", "1.00"]]
+
+
+def test_the_compression_report_refuses_a_tokenizer_that_loses_text(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: "something else", raising=False)
+    with pytest.raises(NanochatError, match="does not come back"): module.compression_report(dict(ours=tokenizer), dict(a="abc"))
+
+
+def test_published_tokenizers_are_never_fetched_unasked(no_network, tmp_path, monkeypatch):
+    assert module.published_encodings() == module.published_encodings(tmp_path) == {}
+    asked = []
+    def offline(url): asked.append(url); raise OSError("no network")
+    monkeypatch.setattr(module, "fetch", offline)
+    assert module.published_encodings(download=True) == {} and len(asked) == 2
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no published vocabularies beside the project")
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_published_tokenizers_are_found_by_their_files_and_a_damaged_one_is_left_out(no_network, tmp_path, place):
+    root = tmp_path / "root"
+    folder = (root if place == "inside" else tmp_path) / "tokenizers"
+    shutil.copytree(DATA.parent / "tokenizers", folder, copy_function=shutil.copyfile)
+    found = module.published_encodings(root)
+    assert {name: encoding.n_vocab for name, encoding in found.items()} == {"GPT-2": 50257, "GPT-4": 100277}
+    assert found["GPT-2"].encode_ordinary("Hello, world!") == [15496, 11, 995, 0]
+    assert found["GPT-4"].encode_ordinary("Hello, world!") == [9906, 11, 1917, 0]
+    tiktoken.registry.ENCODINGS.clear()
+    folder.chmod(0o755)
+    (folder / "vocab.bpe").write_text("#version\na b\n")
+    assert list(module.published_encodings(root)) == ["GPT-4"]
+
+
+@needs_data
+def test_published_savings_are_those_of_the_rank_files(no_network, tokenizer):
+    found = module.published_encodings(DATA.parent / "hf_parquet")
+    report = module.compression_report(dict(ours=tokenizer) | found, module.SAMPLES)
+    for kind, text in module.SAMPLES.items():
+        assert 1000 <= len(text.encode()) <= 2000
+        ours, theirs = len(tokenizer.encode(text)), len(found["GPT-2"].encode_ordinary(text))
+        assert report[kind]["tokens"] == dict(ours=ours) | {"GPT-2": theirs, "GPT-4": len(found["GPT-4"].encode_ordinary(text))}
+        assert report[kind]["saved"]["GPT-2"] == pytest.approx((theirs - ours) / theirs, abs=1e-4)
+
+
+def test_the_stage_records_the_report_with_and_without_published_tokenizers(no_network, tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from nanochat.common import Run
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path))
+    for name, neighbours in (("alone", tmp_path / "nothing"), ("beside", DATA.parent / "hf_parquet")):
+        run, files = Run.create(name), []
+        for part, text in (("train", "the cat sat on the mat " * 50), ("val", "a dog and a cat")):
+            pq.write_table(pa.table(dict(text=[text])), run.path(f"{part}.parquet"))
+            files.append(str(run.path(f"{part}.parquet")))
+        run.update_info(sources=[dict(weight=1, column="text", train=files[:1], val=files[1:])], data_root=str(neighbours))
+        run.write_json(dict(stage="dataset", finished=None, seconds=0), "stages", "dataset.json")
+        report = module.main(name, "tiny", vocab_size=300)["results"]["compression"]
+        assert list(report) == [*module.SAMPLES, "train", "val"]
+        assert json.loads(json.dumps(report)) == report and len(json.dumps(report)) < 3000
+        if name == "beside" and not DATA.is_dir(): continue
+        assert list(report["val"]["tokens"]) == ["nanochat"] + ["GPT-2", "GPT-4"] * (name == "beside")
+        assert report["val"]["bytes"] == 15 and report["train"]["saved"].keys() == report["val"]["saved"].keys()
 
 
 # --- the crate's own tests
