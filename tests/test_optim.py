@@ -150,7 +150,7 @@ def test_the_classic_schedule_is_the_old_one_and_the_modern_one_is_the_published
         assert classic.momentum_at(step, step / 500) == muon_momentum(step, 0.85, 0.95, 300)
     assert [round(modern(step, 1000), 4) for step in (0, 39, 40, 350, 675, 1000)] == [0.025, 1, 1, 1, 0.525, 0.05]
     assert [round(modern.momentum_at(step, step / 1000), 4) for step in (0, 200, 1000)] == [0.85, 0.91, 0.9]
-    assert [round(modern.decay_at(p), 4) for p in (0, 0.5, 1)] == [1, 0.5, 0]
+    assert [round(modern.decay_at(p), 4) for p in (0, 0.25, 0.5, 1)] == [1, 0.8536, 0.5, 0]
     assert options == dict(groups='modern', weight_decay=0.28, quintics='polar_express', line_memory=0.9, cautious=True)
     assert lr_multiplier(0, 20, warmup=40, warmdown=0.65) == 1 / 7  # a warmup longer than the run leaves room for the fall
 
@@ -418,6 +418,19 @@ def test_all_gradients_are_on_their_way_before_the_first_is_waited_for_and_resul
     assert events[:10] == ['start found', 'start reduce 16 0', 'start reduce 6 0', 'wait found', 'wait reduce 16 0', 'compute 16', 'start broadcast 16 0',
                            'wait reduce 6 0', 'compute 6', 'start broadcast 6 0']
     assert events[-2:] == ['wait broadcast 16 0', 'wait broadcast 6 0']
+
+
+@pytest.mark.parametrize('reduce, expected', [('sum', 2.0), ('mean', 1.0)])
+def test_gradients_are_added_or_averaged(reduce, expected, monkeypatch):
+    done = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(muon.dist, 'all_reduce', lambda t, op, async_op: done)
+    monkeypatch.setattr(muon.dist, 'reduce', lambda t, owner, async_op: t.mul_(2) is None or done)  # two processes with equal gradients
+    monkeypatch.setattr(muon.dist, 'broadcast', lambda t, owner, async_op: done)
+    p = torch.nn.Parameter(torch.zeros(4, 4)); p.grad = torch.ones(4, 4)
+    optimizer = Muon([p], momentum=0.0, reduce=reduce)
+    optimizer.world_size = 2
+    optimizer.step()
+    assert (optimizer.state[p]['momentum_buffer'] == expected).all()
 
 
 class OneSided:
