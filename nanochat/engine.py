@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scatter_bits', 'sample_key', 'uniform', 'choose_tokens', 'Sample', 'Row', 'Engine', 'TextStream', 'readable_text']
 
-# %% ../nbs/14_engine.ipynb #8b05888f
+# %% ../nbs/14_engine.ipynb #b881f7ac
 import codecs, copy
 from collections import deque
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .attention import KVCache
 from .common import NanochatError
 from .gpt import GPT
 from .tokenizer import Tokenizer
@@ -117,12 +116,11 @@ class Engine:
         "Whether any row is at work or waiting"
         return bool(self.waiting) or len(self.holes) < len(self.rows)
 
-# %% ../nbs/14_engine.ipynb #43fe9e0e
+# %% ../nbs/14_engine.ipynb #a8f61f58
 @patch
 def refresh(self: Engine) -> None:
     "Take the model's present weights: as they are where their format fits, else cast into a copy"
-    own = next(self.source.parameters())
-    if own.dtype == self.dtype:
+    if self.source.lm_head.weight.dtype == self.dtype:
         self.weights = copy.copy(self.source) # shares every weight with the model, but not its compute_dtype
         self.weights.compute_dtype = self.dtype
     elif self.weights is None: self.weights = copy.deepcopy(self.source).to_inference(self.dtype)
@@ -154,7 +152,7 @@ def submit(self: Engine,
     self.waiting.extend(row for row in rows if not row.done)
     return rows
 
-# %% ../nbs/14_engine.ipynb #5cd181cf
+# %% ../nbs/14_engine.ipynb #2f7d75d3
 @patch
 def _prefill(self: Engine) -> None:
     "Read the next prompts in line, as many as fit in one pass, into a cache of their own"
@@ -168,13 +166,13 @@ def _prefill(self: Engine) -> None:
     bodies = [rows[0].prompt[:-1] for rows in prompts.values()]
     longest = max(map(len, bodies))
     ids = torch.tensor([body + [0] * (longest - len(body)) for body in bodies], device=self.device)
-    cache = KVCache(self.weights.config, len(bodies), longest, device=self.device, dtype=self.dtype)
+    cache = self.weights.make_cache(len(bodies), longest)
     self.weights.hidden(ids, cache=cache) # no logits: nobody needs them
     cache.lengths.copy_(torch.tensor([len(body) for body in bodies]))
     for i, rows in enumerate(prompts.values()):
         for row in rows: row.source = cache, i
 
-# %% ../nbs/14_engine.ipynb #2fc7e8e5
+# %% ../nbs/14_engine.ipynb #43c4377f
 @patch
 def _make_room(self: Engine) -> None:
     "Let the cache grow to what the rows at work and in line will need"
@@ -184,10 +182,10 @@ def _make_room(self: Engine) -> None:
     old = self.cache
     if old is not None and len(old.lengths) >= slots and old.max_len >= width: return
     if old is not None: slots, width = max(slots, len(old.lengths)), max(width, old.max_len)
-    self.cache = KVCache(self.weights.config, slots, width, device=self.device, dtype=self.dtype)
+    self.cache = self.weights.make_cache(slots, width)
     if old is None: return
     n = len(self.rows)
-    for new, kept in (self.cache.k, old.k), (self.cache.v, old.v): new[:, :n, :, :old.max_len] = kept[:, :n]
+    for new, kept in zip(self.cache.parts, old.parts): new[:, :n, :, :old.max_len] = kept[:, :n]
     self.cache.lengths[:n] = old.lengths[:n]
 
 # %% ../nbs/14_engine.ipynb #f5ca87a6

@@ -5,7 +5,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, TextStream, choose_tokens, readable_text, sample_key, uniform
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, RECIPES
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["What is 12 times 12? 🙂 né " * 20], 300)
@@ -45,6 +45,41 @@ def test_greedy_equals_recomputing_everything(model, slots):
     found = deaf(model, max_batch=slots).generate(prompts, max_tokens=15, temperature=0)
     assert [s.ids for [s] in found] == [naive(model, p, 15)[len(p):] for p in prompts]
     assert all(s.mask == [1] * 15 and not s.finished for [s] in found)
+
+
+SWITCHES = {name: {name: value} for name, value in RECIPES["modern"].items()} | {"modern": dict(recipe="modern"), "modern, own heads": dict(recipe="modern", n_kv_head=4)}
+
+
+def switched(fields):
+    "A model with some switches on and no zeros; its short windows are 32 tokens wide"
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(5, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=64, n_head=4, **dict(n_kv_head=2) | fields)).eval().requires_grad_(False)
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.12 if parameter.ndim > 1 else .7)
+    return model
+
+
+@pytest.mark.parametrize("fields", SWITCHES.values(), ids=SWITCHES)
+def test_greedy_equals_recomputing_everything_for_every_switch(fields):
+    model, prompts = switched(fields), [[7], *ragged(7, high=80)]
+    expected = [naive(model, p, 14)[len(p):] for p in prompts]
+    for slots in (1, 3, 8):  # with few slots most rows wait, and take over slots and gaps that others leave
+        assert [s.ids for [s] in deaf(model, max_batch=slots).generate(prompts, max_tokens=14, temperature=0)] == expected
+    engine = deaf(model)
+    first = engine.submit(prompts[1], 2, 14, temperature=0)
+    for _ in range(3): engine.step()
+    late = [engine.submit(p, 2, 14, temperature=0)[1] for p in prompts[2:]]  # the cache grows while rows are at work
+    while engine.busy: engine.step()
+    assert [row.ids for row in (first[1], *late)] == expected[1:]
+
+
+@pytest.mark.parametrize("fields", SWITCHES.values(), ids=SWITCHES)
+def test_an_engine_in_bfloat16_leaves_a_float32_model_as_it_is(fields):
+    model = switched(fields)
+    engine, before = deaf(model, dtype=torch.bfloat16), [p.clone() for p in model.parameters()]
+    [[sample]] = engine.generate([[5, 6, 7]], max_tokens=6, temperature=0)
+    assert len(sample.ids) == 6 and all(p.dtype == torch.float32 and torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    shared = deaf(engine.weights, dtype=torch.bfloat16)
+    assert shared.generate([[5, 6, 7]], max_tokens=6, temperature=0)[0][0].ids == sample.ids and shared.weights.lm_head is engine.weights.lm_head
 
 
 def test_small_prefill_passes_change_nothing(model):

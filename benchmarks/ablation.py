@@ -1,0 +1,89 @@
+"""What does each switch of the modern recipe gain? The classic model, each switch alone, and all together, trained on the same tokens.
+
+python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kindergarten's text and size
+python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
+python benchmarks/ablation.py --minutes 5                              # equal time instead of equal tokens
+
+Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over.
+"""
+import argparse, json, math, platform, shutil, statistics
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanochat import pretrain
+from nanochat.common import Compute, Run, compute_init, load_profile, resolve_options
+from nanochat.dataloader import DocumentLoader
+from nanochat.dataset import corpus_files, main as dataset_stage
+from nanochat.gpt import GPT, GPTConfig, RECIPES
+from nanochat.muon import lr_multiplier, make_optimizers
+from nanochat.tokenizer import Tokenizer, main as tokenizer_stage
+from nanochat.train import Trainer, accumulation_steps
+
+VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | {"modern": dict(recipe="modern")}
+
+
+def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> dict: # options: of the stage base
+    "Train one model and measure it, or take the result of an earlier call with the same options"
+    file, settings = ("ablation", f"{name}_{seed}.json"), options | dict(fields=fields, seed=seed)
+    if run.path(*file).exists() and (known := run.read_json(*file))["settings"] == settings: return known
+    tokenizer, shape = Tokenizer.load(run.path("tokenizer")), (options["batch_size"], options["sequence_len"])
+    torch.manual_seed(seed)
+    torch._dynamo.reset()  # it gives up compiling after eight models of one class
+    sizes = {key: options[key] for key in ("n_embd", "n_head") if options[key]}
+    model = GPT(GPTConfig.from_depth(options["depth"], tokenizer.vocab_size, options["sequence_len"], **sizes, **fields), compute_dtype=compute.dtype).to(compute.device)
+    optimizers = make_optimizers(model, *(options[key] for key in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay")))
+    schedule, stage = partial(lr_multiplier, warmup=options["warmup"], warmdown=options["warmdown"], final=options["final_lr"]), f"ablation_{name}_{seed}"
+    shutil.rmtree(run.path(stage), ignore_errors=True)
+    trainer = Trainer(model, optimizers, DocumentLoader(corpus_files(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, stage, tokenizer,
+                      options["steps"] or None, options["minutes"], accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
+    trainer.fit()
+    speed = {entry["step"]: entry for entry in run.metrics(stage)}[trainer.step]["tok_per_sec"] or math.nan  # without the first steps, in which the model is compiled
+    result = dict(settings=settings, bpb=pretrain.validation_bits_per_byte(model.eval(), run, tokenizer, compute, *shape, options["eval_tokens"]),
+                  tokens=trainer.tokens, seconds=trainer.tokens / speed, params=model.num_params(), flops_per_token=model.flops_per_token())
+    run.write_json(result, *file)
+    shutil.rmtree(run.path(stage))
+    return result
+
+
+def show(name: str, results: list[dict], base: list[dict]) -> str: # results and base: one for each seed
+    "One line of the table"
+    bpb, [first, *_] = [r["bpb"] for r in results], results
+    gains = [r["bpb"] - b["bpb"] for r, b in zip(results, base)]
+    gain = "" if results is base else f"{statistics.mean(gains):+.4f}" + (f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.4f}" if len(gains) > 1 else "")
+    seconds = statistics.median(r["seconds"] for r in results)
+    return (f"{name:<18}{statistics.mean(bpb):.4f} ({min(bpb):.4f} to {max(bpb):.4f})   {gain:<20}{first['params'] / 1e6:>10.2f}"
+            f"{first['flops_per_token'] / base[0]['flops_per_token']:>12.2f}{first['tokens'] / 1e6:>10.2f}{seconds:>10.1f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", default="ablation", help="name of the run that holds text, tokenizer and results")
+    parser.add_argument("--profile", default="kindergarten", help="gives the sizes")
+    parser.add_argument("--data", help="a folder in the hub's layout; by default the profile's own text")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, help="of each model; by default the profile's")
+    parser.add_argument("--minutes", type=float, help="of each model, instead of steps")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which models; classic is always one of them")
+    parser.add_argument("--record", help="write everything to this JSON file")
+    args = parser.parse_args()
+    dataset_stage(args.run, args.profile, **(dict(data=args.data) if args.data else {}))
+    tokenizer_stage(args.run, args.profile)
+    run, profile = Run.open(args.run), load_profile(args.profile)
+    given = dict(minutes=args.minutes, steps=0) if args.minutes else dict(steps=args.steps) if args.steps else {}
+    options = resolve_options(pretrain.main.func, "base", profile, given)
+    compute = compute_init(options["device"], options["dtype"])
+    names = [name for name in VARIANTS if name in args.only or name == "classic"]
+    results = {name: [] for name in names}
+    for turn, seed in enumerate(args.seeds):
+        for name in names[turn:] + names[:turn]:  # each seed begins with another model, so that none always runs on a warmer machine
+            results[name].append(train(run, compute, options, name, VARIANTS[name], seed))
+            print(f"seed {seed}, {name}: {results[name][-1]['bpb']:.4f} bits per byte, {results[name][-1]['seconds']:.1f} s", flush=True)
+    print(f"\n{'':<18}{'bits per byte':<29}{'against classic':<20}{'weights, M':>10}{'operations':>12}{'tokens, M':>10}{'seconds':>10}")
+    for name in names: print(show(name, results[name], results["classic"]))
+    if args.record:
+        record = dict(profile=args.profile, seeds=args.seeds, options=options, machine=run.info.get("machine"), git=run.info.get("git"), torch=torch.__version__, python=platform.python_version(),
+                      device=str(compute.device), dtype=str(compute.dtype)[6:], threads=torch.get_num_threads(),
+                      results={name: [{k: v for k, v in r.items() if k != "settings"} for r in rows] for name, rows in results.items()})
+        Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
