@@ -230,6 +230,13 @@ def test_the_modern_model_s_parameters_have_the_published_rates():
     assert len(groups['matrices']['params']) == 3 * 6 and groups['matrices']['initial_lr'] == 0.04
 
 
+def test_the_stand_in_has_the_groups_of_the_real_modern_model():
+    real = GPT(GPTConfig.from_depth(4, 64, 16, recipe='modern', n_embd=64, n_head=2))
+    kinds = lambda model: {g['name'] for o in make_optimizers(model) for g in o.param_groups}
+    assert kinds(real) == kinds(ModernNames()) == {*GROUPS['modern'], 'matrices'}
+    assert sum(len(o.params) for o in make_optimizers(real)) == len(list(real.parameters()))
+
+
 def test_with_classic_groups_only_the_two_token_tables_differ():
     assert {kind for kind in GROUPS['modern'] if GROUPS['modern'][kind] != GROUPS['classic'][kind]} == {'unembedding', 'embedding'}
 
