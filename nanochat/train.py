@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import Compute, NanochatError, Run, print0
 from .dataloader import Batch
 from .gpt import GPT
-from .muon import lr_multiplier, muon_momentum
+from .muon import lr_multiplier, set_rates, step_together
 from .checkpoint import last_checkpoint, load_checkpoint, remove_leftovers, save_checkpoint
 
 # %% ../nbs/09_train.ipynb #36e0472f
@@ -209,15 +209,9 @@ def train_step(
     mine = float(loss)
     value = float(self.compute.all_reduce(loss))
     if not math.isfinite(value): self.stop_on_nan(value, batches, write=not math.isfinite(mine))
-    if self.compute.world_size > 1:
-        for p in self.model.parameters():  # a process without a target takes part in the sum all the same, or the others wait for ever
-            if p.grad is None: p.grad = torch.zeros_like(p)
-    for optimizer in self.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-            if "momentum" in group: group["momentum"] = muon_momentum(self.step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    set_rates(self.optimizers, self.schedule, scale, self.step, self.progress)
+    step_together(self.optimizers)
+    for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
     self.step += 1
     self.tokens += sum(b.inputs.numel() for b in batches) * self.compute.world_size
     return value
