@@ -1,4 +1,4 @@
-"""What does each switch of the modern recipe gain? The classic model, each switch alone, and all together, trained on the same tokens.
+"""What does each switch of the modern recipe gain? The classic model and optimizer, each switch alone, and all together, trained on the same tokens.
 
 python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kindergarten's text and size
 python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
@@ -7,7 +7,6 @@ python benchmarks/ablation.py --minutes 5                              # equal t
 Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over.
 """
 import argparse, json, math, platform, shutil, statistics
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,13 +14,15 @@ import torch
 from nanochat import pretrain
 from nanochat.common import Compute, Run, compute_init, load_profile, resolve_options
 from nanochat.dataloader import DocumentLoader
-from nanochat.dataset import corpus_files, main as dataset_stage
-from nanochat.gpt import GPT, GPTConfig, RECIPES
-from nanochat.muon import lr_multiplier, make_optimizers
+from nanochat.dataset import corpus_sources, main as dataset_stage
+from nanochat.gpt import RECIPES
+from nanochat.muon import make_optimizers
 from nanochat.tokenizer import Tokenizer, main as tokenizer_stage
 from nanochat.train import Trainer, accumulation_steps
 
-VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | {"modern": dict(recipe="modern")}
+OPTIMIZER = dict(polar_express=dict(quintics="polar_express"), normuon=dict(line_memory=0.9), decay=dict(weight_decay=0.28), cautious_decay=dict(weight_decay=0.28, cautious=True),
+                 long_warmdown=dict(warmdown=0.65, final_lr=0.05), long_momentum=dict(momentum=0.97, momentum_steps=400, momentum_end=0.9))
+VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | OPTIMIZER | {"modern": dict(recipe="modern")}
 
 
 def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> dict: # options: of the stage base
@@ -31,12 +32,12 @@ def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, se
     tokenizer, shape = Tokenizer.load(run.path("tokenizer")), (options["batch_size"], options["sequence_len"])
     torch.manual_seed(seed)
     torch._dynamo.reset()  # it gives up compiling after eight models of one class
-    sizes = {key: options[key] for key in ("n_embd", "n_head") if options[key]}
-    model = GPT(GPTConfig.from_depth(options["depth"], tokenizer.vocab_size, options["sequence_len"], **sizes, **fields), compute_dtype=compute.dtype).to(compute.device)
-    optimizers = make_optimizers(model, *(options[key] for key in ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay")))
-    schedule, stage = partial(lr_multiplier, warmup=options["warmup"], warmdown=options["warmdown"], final=options["final_lr"]), f"ablation_{name}_{seed}"
+    overrides = {key: value for key, value in fields.items() if key != "recipe"}
+    chosen, rates, schedule = pretrain.choose_fields(fields.get("recipe", "classic"), overrides, **{key: options[key] for key in pretrain.CLASSIC})
+    model = pretrain.new_model(tokenizer, compute, options["depth"], options["n_embd"], options["n_head"], options["sequence_len"], **chosen)
+    stage = f"ablation_{name}_{seed}"
     shutil.rmtree(run.path(stage), ignore_errors=True)
-    trainer = Trainer(model, optimizers, DocumentLoader(corpus_files(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, stage, tokenizer,
+    trainer = Trainer(model, make_optimizers(model, **rates), DocumentLoader(corpus_sources(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, stage, tokenizer,
                       options["steps"] or None, options["minutes"], accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
     trainer.fit()
     speed = {entry["step"]: entry for entry in run.metrics(stage)}[trainer.step]["tok_per_sec"] or math.nan  # without the first steps, in which the model is compiled

@@ -3,6 +3,7 @@
 python benchmarks/loader.py [--data FOLDER of parquet shards] [--cores 1] [--record FILE.json]
 
 The bare encoder gets its documents as a list of Python strings in memory, 128 at once; the loader reads shards from disk and makes whole batches.
+Reading alone unpacks the same shards and does nothing with them: on one core, encoder and reading together bound what any loader can reach.
 """
 import argparse, json, os, statistics, tempfile, time
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanochat.dataloader import DocumentLoader
-from nanochat.dataset import parquet_documents
+from nanochat.dataset import parquet_documents, parquet_row_groups
 from nanochat.kindergarten import make_world_root
 from nanochat.tokenizer import Tokenizer
 
@@ -19,6 +20,13 @@ def bare(texts: list[str], tokenizer: Tokenizer) -> float:
     "Tokens a second of the encoder alone, 128 documents at once, from memory"
     start, tokens = time.perf_counter(), 0
     for first in range(0, len(texts), 128): tokens += len(tokenizer.encode_flat(texts[first:first + 128], tokenizer.bos)[0])
+    return tokens / (time.perf_counter() - start)
+
+
+def unpacked(files: list[Path], tokens: int) -> float:
+    "Tokens a second of reading alone, which makes no tokens but unpacks the text of so many"
+    start = time.perf_counter()
+    for _ in parquet_row_groups(files): pass
     return tokens / (time.perf_counter() - start)
 
 
@@ -46,11 +54,14 @@ def main() -> None:
     tokenizer = Tokenizer.train(texts, args.vocab_size)
     if hasattr(os, "sched_setaffinity"): os.sched_setaffinity(0, range(args.cores))
     torch.set_num_threads(args.cores)
-    jobs = dict(encoder=lambda: bare(texts, tokenizer), flat=lambda: loaded(files, tokenizer, "flat"), best_fit=lambda: loaded(files, tokenizer, "best_fit"))
+    tokens = len(tokenizer.encode_flat(texts, tokenizer.bos)[0])
+    jobs = dict(encoder=lambda: bare(texts, tokenizer), reading=lambda: unpacked(files, tokens), flat=lambda: loaded(files, tokenizer, "flat"), best_fit=lambda: loaded(files, tokenizer, "best_fit"))
     rounds = [{name: job() for name, job in jobs.items()} for _ in range(args.rounds)]
     rates = {name: statistics.median(each[name] for each in rounds) for name in jobs}
     print(f"{sum(map(len, texts)) / 1e6:.1f} million characters, {args.cores} core(s), million tokens/s (ratio to the encoder): "
           + ", ".join(f"{name} {rate / 1e6:.1f} ({rate / rates['encoder']:.2f})" for name, rate in rates.items()))
+    bound = 1 / (1 / rates["encoder"] + 1 / rates["reading"])
+    print(f"encoding after reading on one core: {bound / 1e6:.1f} ({bound / rates['encoder']:.2f}); the flat loader reaches {rates['flat'] / bound:.2f} of that")
     record = dict(characters=sum(map(len, texts)), cores=args.cores, rounds=args.rounds, vocab_size=args.vocab_size, tokens_per_second={name: round(rate) for name, rate in rates.items()})
     if args.record: Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
 

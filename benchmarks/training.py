@@ -6,6 +6,7 @@ Ours is what the stages run: compiled, Muon and AdamW, the chunked loss, in the 
 bfloat16 autocast, eager and compiled; the ratio is to the fastest of the four. Memory is what the process used at its peak beyond its imports.
 """
 import argparse, json, os, statistics, subprocess, sys, time
+from pathlib import Path
 
 
 def peak_memory() -> float:
@@ -87,8 +88,10 @@ def main() -> None:
         print(f"{name:<32} {row['tokens_per_second']:9,.0f} tokens/s   warm-up {row['warm_up_seconds']:5.1f} s   {row['memory_mb']:6,.0f} MB")
     ratio = medians["nanochat"]["tokens_per_second"] / medians[best]["tokens_per_second"]
     print(f"nanochat is {ratio:.2f} times as fast as the best of the peer ({best}), with {medians['nanochat']['memory_mb'] / medians[best]['memory_mb']:.2f} times its memory")
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    cpu = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     settings = {key: value for key, value in vars(args).items() if key not in ("record", "job")}
-    if args.record: open(args.record, "w").write(json.dumps(dict(settings=settings, medians=medians, best_peer=best, ratio=round(ratio, 2)), indent=1) + "\n")
+    if args.record: Path(args.record).write_text(json.dumps(dict(settings=settings, cpu=cpu, medians=medians, best_peer=best, ratio=round(ratio, 2)), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

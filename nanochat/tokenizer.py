@@ -10,7 +10,7 @@ __all__ = ['SPLIT_PATTERN', 'SPECIAL_TOKENS', 'LONG_TEXT', 'PART_TOKENS', 'BYTE_
            'published_encodings', 'count_tokens', 'compression_report', 'compression_table', 'read_documents',
            'run_documents', 'report_texts', 'main']
 
-# %% ../nbs/01_tokenizer.ipynb #d42965df
+# %% ../nbs/01_tokenizer.ipynb #0364fdf1
 import base64, hashlib, heapq, html, json, os, time, warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -166,7 +166,7 @@ def bos(self: Tokenizer) -> int:
     "Id of the token that begins every document"
     return self.special["<|bos|>"]
 
-# %% ../nbs/01_tokenizer.ipynb #381fe1c2
+# %% ../nbs/01_tokenizer.ipynb #0a9e3de0
 class Progress:
     "Says from time to time how far the training of a tokenizer is"
     def __init__(self, num_merges: int, every: float = 10.0): self.num_merges, self.every, self.said = num_merges, every, time.time() # every: seconds
@@ -233,7 +233,7 @@ def decode(self: Tokenizer, ids: list[int]) -> str:
     "The text that ids stand for; bytes that are not UTF-8 become U+FFFD"
     return self.encoding.decode(ids)
 
-# %% ../nbs/01_tokenizer.ipynb #4ec691bc
+# %% ../nbs/01_tokenizer.ipynb #7854a427
 def utf8_column(
     texts: pa.Array, # strings without nulls
 ) -> tuple[np.ndarray, np.ndarray]: # (bytes,) uint8 and (n + 1,) int64
@@ -673,7 +673,7 @@ def compression_table(
     return header, [[kind, f"{row['bytes']:,}", *(f"{row['tokens'][name]:,}" for name in names), *(f"{row['bytes_per_token'][name]:.2f}" for name in names),
                      *(f"{row['saved'][name]:+.1%}" for name in others)] for kind, row in report.items()]
 
-# %% ../nbs/01_tokenizer.ipynb #3eb344a1
+# %% ../nbs/01_tokenizer.ipynb #6948964a
 def read_documents(
     files: list[str], # parquet files with a column `text`
     max_chars: int, # stop after so many characters
@@ -706,7 +706,7 @@ def run_documents(
         share = source["weight"] / sum(other["weight"] for other in sources)
         yield from read_documents(source[split], round(max_chars * share), doc_cap, source["column"])
 
-# %% ../nbs/01_tokenizer.ipynb #93072743
+# %% ../nbs/01_tokenizer.ipynb #0fec21b4
 def report_texts(
     run: Run,
     doc_cap: int, # use at most so many characters of each document
@@ -715,7 +715,7 @@ def report_texts(
     "What a run's tokenizer is measured on: the samples, and the beginning of its own training and validation text"
     return SAMPLES | {split: list(run_documents(run, split, max_chars, doc_cap)) for split in ("train", "val")}
 
-# %% ../nbs/01_tokenizer.ipynb #fb078f94
+# %% ../nbs/01_tokenizer.ipynb #900189fc
 @stage("tokenizer", after=("dataset",))
 def main(
     run: Run,
