@@ -4,7 +4,8 @@ python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kin
 python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
 python benchmarks/ablation.py --minutes 5                              # equal time instead of equal tokens
 
-Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over.
+Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over. A seed changes the first
+weights, not the order of the text: the spread does not hold what another order would add.
 """
 import argparse, json, math, platform, shutil, statistics
 from pathlib import Path
@@ -60,7 +61,7 @@ def show(name: str, results: list[dict], base: list[dict]) -> str: # results and
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="ablation", help="name of the run that holds text, tokenizer and results")
+    parser.add_argument("--run", help="name of the run that holds text, tokenizer and results (default: ablation-PROFILE)")
     parser.add_argument("--profile", default="kindergarten", help="gives the sizes")
     parser.add_argument("--data", help="a folder in the hub's layout; by default the profile's own text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -69,8 +70,11 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which models; classic is always one of them")
     parser.add_argument("--record", help="write everything to this JSON file")
     args = parser.parse_args()
+    args.run = args.run or f"ablation-{args.profile}"
     dataset_stage(args.run, args.profile, **(dict(data=args.data) if args.data else {}))
     tokenizer_stage(args.run, args.profile)
+    known = Run.open(args.run).record("dataset")["options"]["data"]
+    if args.data and known != args.data: raise SystemExit(f"run {args.run} holds other data ({known}); choose another --run")
     run, profile = Run.open(args.run), load_profile(args.profile)
     given = dict(minutes=args.minutes, steps=0) if args.minutes else dict(steps=args.steps) if args.steps else {}
     options = resolve_options(pretrain.main.func, "base", profile, given)

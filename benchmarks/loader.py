@@ -63,7 +63,10 @@ def main() -> None:
     bound = 1 / (1 / rates["encoder"] + 1 / rates["reading"])
     print(f"encoding after reading on one core: {bound / 1e6:.1f} ({bound / rates['encoder']:.2f}); the flat loader reaches {rates['flat'] / bound:.2f} of that")
     record = dict(characters=sum(map(len, texts)), cores=args.cores, rounds=args.rounds, vocab_size=args.vocab_size, tokens_per_second={name: round(rate) for name, rate in rates.items()})
-    if args.record: Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
+    if args.record: # one entry for each number of cores
+        path = Path(args.record)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {f"{args.cores}_cores": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

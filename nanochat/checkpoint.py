@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAFETENSORS_TYPES', 'NO_FILE', 'tensor_bytes', 'write_tensors', 'readable', 'read_tensors', 'folder_sync',
-           'share_receipts', 'remove_leftovers', 'publish', 'best_checkpoint', 'remove_old', 'shard_name', 'write_part',
-           'save_checkpoint', 'step_folders', 'read_rank_state', 'read_state', 'verify_checkpoint', 'last_checkpoint',
-           'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model', 'describe_checkpoint', 'describe_run',
-           'main']
+           'share_receipts', 'remove_leftovers', 'publish', 'best_checkpoint', 'remove_folder', 'remove_old',
+           'shard_name', 'write_part', 'save_checkpoint', 'step_folders', 'read_rank_state', 'read_state',
+           'verify_checkpoint', 'last_checkpoint', 'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model',
+           'describe_checkpoint', 'describe_run', 'main']
 
 # %% ../nbs/08_checkpoint.ipynb #000f2eb5
 import argparse, contextlib, hashlib, json, math, os, shutil, sys
@@ -121,10 +121,23 @@ def best_checkpoint(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
     measure: str, # name of a measurement, the lower the better
 ) -> Path | None: # None if it was never measured
-    "The checkpoint with the lowest measurement, of those that were measured when they were saved"
-    found = [(state["values"][measure], path) for path in step_folders(stage_dir)
-             if (state := read_state(path)).get("measured") == state["step"] and measure in state.get("values", {})]
+    "The checkpoint with the lowest measurement, of the readable ones that were measured when they were saved"
+    found = []
+    for path in step_folders(stage_dir):
+        try: state = read_state(path)
+        except NanochatError: continue
+        value = (state.get("values") or {}).get(measure)
+        if state.get("measured") == state["step"] and isinstance(value, float) and math.isfinite(value): found.append((value, path))
     return min(found)[1] if found else None
+
+def remove_folder(
+    path: Path, # a checkpoint's folder
+) -> None:
+    "Take its name away, then its files: what a kill leaves is a leftover, not half a checkpoint"
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 def remove_old(
     stage_dir: Path, # folder of the stage
@@ -135,10 +148,10 @@ def remove_old(
     "Keep the newest checkpoints up to this step; later ones are of a line of training that was given up"
     folders = step_folders(stage_dir)
     for path in folders:
-        if int(path.name[5:]) > step: shutil.rmtree(path)
+        if int(path.name[5:]) > step: remove_folder(path)
     good = [p for p in folders if int(p.name[5:]) <= step][-keep:] + [best_checkpoint(stage_dir, measure)]
     for path in step_folders(stage_dir):
-        if path not in good: shutil.rmtree(path)
+        if path not in good: remove_folder(path)
 
 # %% ../nbs/08_checkpoint.ipynb #587f0477
 def shard_name(rank: int) -> str:
@@ -329,14 +342,14 @@ def describe_checkpoint(
     path: Path, # checkpoint folder
 ) -> dict: # stage, step, tokens, measured, processes, parameters, MB, saved, whole
     "What a checkpoint is, in one line"
-    state, tensors = read_state(path), {}
-    try: verify_checkpoint(path); whole = "yes"
+    state, tensors, whole = dict(step=int(path.name[5:])), {}, "yes"
+    try: state = read_state(path); verify_checkpoint(path)
     except NanochatError as error: whole = str(error).partition(": ")[2].split(";")[0]
     with contextlib.suppress(NanochatError), readable(path / "model.safetensors") as f: tensors = {name: f.get_slice(name).get_shape() for name in f.keys()}
     values = {name: f"{value:.4g}" for name, value in (state.get("values") or {}).items() if isinstance(value, float)}
     return dict(stage=path.parent.name, step=state["step"], tokens=state.get("tokens", ""), measured=" ".join(f"{k} {v}" for k, v in values.items()),
-                processes=state["world_size"], parameters=sum(map(math.prod, tensors.values())), MB=round(sum(size for size, _ in state["files"].values()) / 1e6, 1),
-                saved=state["saved"], whole=whole)
+                processes=state.get("world_size", ""), parameters=sum(map(math.prod, tensors.values())),
+                MB=round(sum(file.stat().st_size for file in path.iterdir()) / 1e6, 1), saved=state.get("saved", ""), whole=whole)
 
 def describe_run(run: Run) -> list[dict]:
     "The checkpoints of all stages of a run, one row each"

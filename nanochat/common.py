@@ -12,7 +12,7 @@ __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha
 # %% ../nbs/00_common.ipynb #cd158ef5
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, sys, time, traceback
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import cache, wraps
 from pathlib import Path
 
@@ -152,8 +152,9 @@ def compute_init(
         if world_size > 1: torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(seed)
     if world_size > 1 and not dist.is_initialized():
-        if target.type == "cuda": dist.init_process_group("nccl", device_id=target)
-        else: dist.init_process_group("gloo")
+        patience = timedelta(hours=2)  # the others wait while the main process downloads or makes data
+        if target.type == "cuda": dist.init_process_group("nccl", device_id=target, timeout=patience)
+        else: dist.init_process_group("gloo", timeout=patience)
     return Compute(target, pick_dtype(target, dtype), rank, local_rank, world_size)
 
 def compute_cleanup() -> None:
@@ -307,7 +308,8 @@ def tracker(
     if name not in TRACKERS: raise NanochatError(f"NANOCHAT_TRACKER={name}: unknown; known are {', '.join(TRACKERS)}")
     try: package = importlib.import_module(name)
     except ImportError as error: raise NanochatError(f"NANOCHAT_TRACKER={name}: the package {name} is not installed; install it into .venv, or unset the variable") from error
-    package.init(project="nanochat", name=run_name, resume="allow")
+    try: package.init(project="nanochat", name=run_name, resume="allow", **(dict(id=run_name) if name == "wandb" else {}))
+    except Exception as error: raise NanochatError(f"NANOCHAT_TRACKER={name}: {' '.join(str(error).split())[:160] or type(error).__name__}; log in, or unset the variable") from error
     return package
 
 # %% ../nbs/00_common.ipynb #21b534d3
@@ -446,8 +448,10 @@ def execute(self: Stage, run_name: str, profile: str, name: str, values: dict, c
         for needed in (a.format(**values) for a in self.after):
             if not run.record(needed):
                 raise NanochatError(f"stage {name}: needs stage {needed}, which is not complete in run '{run_name}'; run it first")
-        start = time.time()
-        results = self.func(run, compute, **values) or {}
+        start, watcher = time.time(), tracker(run_name) if compute.is_main else None  # what is wrong with it is said now
+        try: results = self.func(run, compute, **values) or {}
+        finally:
+            if watcher: watcher.finish(); tracker.cache_clear()
         record = dict(stage=name, status="complete", options=values, results=results, started=start, processes=compute.world_size,
                       seconds=round(time.time() - start, 2), finished=now(), device=str(compute.device), dtype=str(compute.dtype).split(".")[-1])
         if compute.is_main: run.write_json(record, "stages", f"{name}.json")
@@ -492,7 +496,7 @@ def torchrun(
     nproc: int, # processes on this machine
 ) -> list[str]: # first words of a command
     "Start a module in several processes: of this machine, or also of others where NNODES, NODE_RANK and MASTER_ADDR say so"
-    nodes = os.environ.get("NNODES", "1")
+    nodes = os.environ.get("NNODES") or "1"
     if nodes == "1": where = ["--standalone"]
     else:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not os.environ.get(name)]
@@ -508,7 +512,7 @@ def stage_command(
     **options, # the stage's options
 ) -> list[str]:
     "The command line that runs a stage"
-    start = [sys.executable, "-m"] if nproc == 1 and os.environ.get("NNODES", "1") == "1" else torchrun(nproc)
+    start = [sys.executable, "-m"] if nproc == 1 and (os.environ.get("NNODES") or "1") == "1" else torchrun(nproc)
     words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
     return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
 

@@ -160,8 +160,8 @@ class DocumentLoader:
         buffer: int = 1000,       # documents that best_fit chooses from (FACTS 2.5)
         device: torch.device = 'cpu',
     ):
-        self.sources = [source if isinstance(source, Source) else Source(list(sources)) for source in sources[:None if isinstance(sources[0], Source) else 1]] if sources else []
-        if not all(source.files for source in self.sources) or not sources: raise NanochatError("no shards to read; run the dataset stage first")
+        self.sources = sources if sources and isinstance(sources[0], Source) else [Source(list(sources))]
+        if not all(source.files for source in self.sources): raise NanochatError("no shards to read; run the dataset stage first")
         if split not in ('rows', 'row_groups'): raise NanochatError(f"split must be 'rows' or 'row_groups', not {split!r}")
         if packing not in ('flat', 'best_fit'): raise NanochatError(f"packing must be 'flat' or 'best_fit', not {packing!r}")
         check_batch_shape(batch_size, sequence_len, rank, world_size)
@@ -280,7 +280,7 @@ def state_dict(self: DocumentLoader) -> dict:
 @patch
 def check_state(self: DocumentLoader, state: dict):
     "Refuse a state that this loader cannot go on from."
-    if state.get('kind') != 'documents' or 'sources' not in state: raise NanochatError("this loader state was not saved by a DocumentLoader; start the stage in a new run")
+    if state.get('kind') != 'documents' or 'sources' not in state: raise NanochatError("this loader state is of another loader, or of an earlier version; start the stage in a new run")
     for option in ('split', 'packing', *(['sequence_len'] if self.packing == 'best_fit' else [])):
         if state[option] != getattr(self, option): raise NanochatError(f"this loader state was saved with {option}={state[option]!r}; continue with the same")
     if self.split == 'row_groups' and (state['rank'], state['world_size']) != (self.rank, self.world_size):

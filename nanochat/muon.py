@@ -418,6 +418,8 @@ class Schedule:
 
     def __post_init__(self):
         if self.decay not in ("constant", "linear", "cosine"): raise NanochatError(f"decay '{self.decay}': unknown; choose constant, linear or cosine")
+        if not 0 <= self.warmdown <= 1: raise NanochatError(f"warmdown {self.warmdown}: not a fraction; choose from 0 to 1")
+        if self.momentum_steps < 1: raise NanochatError(f"momentum_steps {self.momentum_steps}: must be at least 1")
 
     def __call__(self, step: int, num_steps: int) -> float:
         "What the learning rates are multiplied by"
@@ -498,6 +500,7 @@ def load_optimizer_state(
         owned = [(group, piece) for group, pieces in optimizer.portions for piece in pieces if tensors and piece.owner == optimizer.rank]
         for group, piece in owned:
             p, name = piece.param, names[piece.param]
+            if not any(key.startswith(f"{name}.") for key in tensors): continue  # it never had a gradient
             for key, shape in optimizer.memory(group, p.shape).items():
                 value = whole_tensor(tensors, f"{name}.{key}")
                 if value is None: raise NanochatError(f"optimizer state of {name}: '{key}' is not in the checkpoint; start without optimizer state")

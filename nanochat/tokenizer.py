@@ -250,10 +250,10 @@ def encode_flat(
 ) -> tuple[np.ndarray, np.ndarray]: # ids of all texts, one after the other, and the number of ids of each; both uint32
     "The ids of many texts as one array"
     if self.encoder:
-        try: parts = self.encoder.encode_flat(texts, prepend) if isinstance(texts, list) else self.encoder.encode_utf8(*utf8_column(texts), prepend)
+        try: parts = self.encoder.encode_utf8(*utf8_column(texts), prepend) if isinstance(texts, pa.Array) else self.encoder.encode_flat(texts, prepend)
         except UnicodeEncodeError: return self.encode_flat([well_formed(text) for text in texts], prepend)
         return tuple(np.frombuffer(part, np.uint32) for part in parts)
-    lists = self.encode(texts if isinstance(texts, list) else texts.to_pylist(), prepend)
+    lists = self.encode(texts.to_pylist() if isinstance(texts, pa.Array) else texts, prepend)
     return np.array([i for ids in lists for i in ids], np.uint32), np.array([len(ids) for ids in lists], np.uint32)
 
 # %% ../nbs/01_tokenizer.ipynb #33611c22
@@ -621,6 +621,7 @@ def published_encodings(
 ) -> dict[str, tiktoken.Encoding]: # GPT-2 and GPT-4, as far as they are there
     "Published tokenizers to compare with; what is not there, or is damaged, is left out"
     import tiktoken.load
+    from http.client import HTTPException
     from unittest import mock
     folders, in_cache = [Path(root) / "tokenizers", Path(root).parent / "tokenizers"] if root else [], tiktoken.load.read_file_cached
     def read(url, expected_hash=None):
@@ -631,7 +632,7 @@ def published_encodings(
     for label, name in PUBLISHED.items():
         with mock.patch.multiple("tiktoken.load", read_file_cached=read, read_file=fetch if download else refuse):
             try: encodings[label] = tiktoken.get_encoding(name)
-            except (OSError, ValueError): pass  # not there, or not what was published
+            except (OSError, ValueError, HTTPException): pass  # not there, or not what was published
     return encodings
 
 # %% ../nbs/01_tokenizer.ipynb #2bec3843
@@ -691,7 +692,7 @@ def read_documents(
                     document = (document or "")[:min(doc_cap, max_chars - seen)]
                     seen += len(document)
                     yield document
-        except (OSError, KeyError, pa.ArrowException) as error:
+        except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             raise NanochatError(f"{path}: not a parquet file with a column {column!r} ({' '.join(str(error).split())[:100]})") from error
 
 def run_documents(
@@ -701,7 +702,8 @@ def run_documents(
     doc_cap: int, # use at most so many characters of each document
 ) -> Iterator[str]:
     "Documents of every corpus of a run, each up to its share of the characters"
-    sources = run.info["sources"]
+    sources = run.info.get("sources")
+    if sources is None: raise NanochatError(f"run '{run.name}': no record of its data that this version reads; start a new run")
     for source in sources:
         share = source["weight"] / sum(other["weight"] for other in sources)
         yield from read_documents(source[split], round(max_chars * share), doc_cap, source["column"])

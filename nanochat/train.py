@@ -154,6 +154,7 @@ def progress(self: Trainer) -> float: # 0 to 1
 def multiplier(self: Trainer) -> float:
     "What the learning rates are multiplied by now"
     if self.num_steps: return self.schedule(self.step, self.num_steps)
+    if self.minutes: return self.schedule(self.step, 10_000)  # the first steps, before the number is chosen
     return self.schedule(round(self.progress * 10_000), 10_000)
 
 def cut_batch(

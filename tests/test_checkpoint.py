@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from nanochat.checkpoint import (last_checkpoint, load_checkpoint, load_model, read_rank_state, read_tensors, remove_leftovers, save_checkpoint, shard_name,
+from nanochat.checkpoint import (best_checkpoint, describe_checkpoint, last_checkpoint, load_checkpoint, load_model, read_rank_state, read_tensors, remove_leftovers, save_checkpoint, shard_name,
                                  step_folders)
 from nanochat.common import NanochatError, Run, compute_cleanup, compute_init, leave_now
 from nanochat.gpt import GPT, GPTConfig
@@ -90,6 +90,35 @@ def test_killed_between_the_two_renames_of_a_replacement_nothing_is_lost(tmp_pat
     assert remove_leftovers(tmp_path) == ['.step_00000005.old.tmp'] and value_of(last_checkpoint(tmp_path)) == 5
     save_checkpoint(tmp_path, 6, filled(6))
     assert [p.name for p in step_folders(tmp_path)] == ['step_00000005', 'step_00000006']
+
+
+def measured(value, step): return dict(values=dict(val_bpb=value), measured=step)
+
+
+def test_the_best_is_kept_beside_the_newest_and_no_measurement_is_never_the_best(tmp_path):
+    for step, value in enumerate([float('nan'), .5, .3, .9, .8, .7], start=1):
+        save_checkpoint(tmp_path, step, filled(step), state=measured(value, step), keep=2, keep_best='val_bpb')
+    assert [p.name for p in step_folders(tmp_path)] == ['step_00000003', 'step_00000005', 'step_00000006']
+    save_checkpoint(tmp_path, 7, filled(7), state=measured(.1, 6), keep=2, keep_best='val_bpb')  # measured before it was saved
+    assert best_checkpoint(tmp_path, 'val_bpb').name == 'step_00000003'
+
+
+def test_a_checkpoint_without_its_state_stops_neither_saving_nor_listing(tmp_path):
+    save_checkpoint(tmp_path, 1, filled(1), state=measured(.5, 1))
+    (tmp_path / 'step_00000001' / 'state.json').unlink()
+    for step in (2, 3): save_checkpoint(tmp_path, step, filled(step), state=measured(.4, step), keep=2, keep_best='val_bpb')
+    assert [p.name for p in step_folders(tmp_path)] == ['step_00000002', 'step_00000003']
+    (tmp_path / 'step_00000002' / 'state.json').unlink()
+    assert 'missing' in describe_checkpoint(tmp_path / 'step_00000002')['whole'] and describe_checkpoint(tmp_path / 'step_00000003')['whole'] == 'yes'
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_a_leftover(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, filled(1))
+    def killed(path, **options): raise SystemExit
+    with monkeypatch.context() as patched:
+        patched.setattr('nanochat.checkpoint.shutil.rmtree', lambda path, ignore_errors=False: None if ignore_errors else killed(path))
+        with pytest.raises(SystemExit): save_checkpoint(tmp_path, 2, filled(2), keep=1)
+    assert [p.name for p in step_folders(tmp_path)] == ['step_00000002'] and remove_leftovers(tmp_path) == ['.step_00000001.tmp']
 
 
 def test_whatever_stops_a_save_is_told_in_one_line(tmp_path):

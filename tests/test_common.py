@@ -75,6 +75,7 @@ FAKE = '''
 seen = []
 def init(**options): seen.append(options)
 def log(values): seen.append(values)
+def finish(): seen.append('finished')
 '''
 
 
@@ -91,6 +92,19 @@ def test_measurements_also_go_to_the_tracker_that_is_asked_for(home, tmp_path, m
     assert opened == dict(project='nanochat', name='watched', resume='allow')
     assert (first['base/step'], first['base/loss'], second['base/loss']) == (3, 2.5, 2.25) and 'base/note' not in first
     assert len(run.metrics('base')) == 2
+
+
+def test_a_stage_closes_the_tracker_also_when_it_fails(home, tmp_path, monkeypatch):
+    (tmp_path / 'trackio.py').write_text(FAKE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'trackio', raising=False)
+    monkeypatch.setenv('NANOCHAT_TRACKER', 'trackio')
+    toy('closing', 'tiny')
+    import trackio
+    assert trackio.seen[-1] == 'finished'
+    monkeypatch.setattr(toy, 'func', lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError): toy.execute('failing', 'tiny', 'report', {}, Compute(torch.device('cpu'), torch.float32))
+    assert [what for what in trackio.seen if what == 'finished'] == ['finished'] * 2
 
 
 @pytest.mark.parametrize('name, says', [('tensorboard', 'unknown; known are wandb, trackio'), ('wandb', 'not installed')])

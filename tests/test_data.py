@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -289,11 +289,53 @@ def test_text_of_ones_own_is_all_there_and_held_out_by_its_digest(root, tmp_path
 @pytest.mark.parametrize('name, content, says', [
     ('a.jsonl', b'{"text": "x"}\nnot json\n', 'a.jsonl, line 2, is not JSON'), ('a.jsonl', b'{"n": 1}\n', "line 1, has no text column 'text' but no strings"),
     ('a.jsonl', b'{"a": "x", "b": "y"}\n', "no text column 'text' but a, b; name it with --column"), ('a.txt', b'caf\xe9\n', 'a.txt is not UTF-8'),
-    ('a.jsonl.gz', b'no gzip', 'a.jsonl.gz cannot be read'), ('a.txt', b'one document', 'too few'), ('a.png', b'x', 'no \\* under'), ('a.parquet', b'PAR1', 'truncated or not parquet')])
+    ('a.jsonl.gz', b'no gzip', 'a.jsonl.gz cannot be read'), ('a.txt', b'one document', 'too few'), ('a.png', b'x', 'holds no text; files must end in .parquet'), ('a.parquet', b'PAR1', 'truncated or not parquet')])
 def test_bad_text_of_ones_own_is_one_line(root, tmp_path, name, content, says):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/name).write_bytes(content)
     with pytest.raises(NanochatError, match=says): open_stage('bad', data=str(root), corpus=str(tmp_path/'mine'))
+
+def jsonl(path, texts, key='text'): path.write_text('\n'.join(json.dumps({key: one}) for one in texts))
+
+def test_a_file_named_val_is_the_validation_part_and_nothing_of_it_is_trained_on(root, tmp_path):
+    (tmp_path/'mine').mkdir()
+    jsonl(tmp_path/'mine'/'train.jsonl', [text(i) for i in range(300)])
+    jsonl(tmp_path/'mine'/'val.jsonl', [text(1000 + i) for i in range(30)])
+    jsonl(tmp_path/'mine'/'test.jsonl', ['a test'])
+    _, run = open_stage('own', data=str(root), corpus=str(tmp_path/'mine'))
+    assert set(parquet_documents(corpus_files(run, 'val'))) == {text(1000 + i) for i in range(30)}
+    assert set(parquet_documents(corpus_files(run))) == {text(i) for i in range(300)}
+
+def test_splits_are_known_by_their_folders_and_titles_are_no_splits():
+    def chosen(*names): return [str(path) for path in dataset.choose_files(list(map(PurePosixPath, names)))]
+    assert chosen('da/test/0.parquet', 'da/train/0.parquet', 'da/train/1.parquet') == ['da/train/0.parquet', 'da/train/1.parquet']
+    assert chosen('alice.txt', 'emma.txt', 'trains_of_india.txt', 'valley.txt', '.git/x.txt') == ['alice.txt', 'emma.txt', 'trains_of_india.txt', 'valley.txt']
+
+def test_what_is_held_out_when_a_folder_has_grown_was_held_out_before(tmp_path):
+    texts, held = [text(i) for i in range(3000)], []
+    for one_in in (20, 21, 60):
+        (tmp_path/str(one_in)).mkdir()
+        dataset.write_shards(tmp_path/str(one_in), iter(texts), one_in)
+        held.append(set(parquet_documents([tmp_path/str(one_in)/'val.parquet'])))
+    assert held[0] >= held[1] >= held[2] and len(held[0]) > len(held[2]) > 10
+
+def test_two_languages_of_one_repository_have_a_validation_shard_each(root):
+    for language, names in (('en', 'ab'), ('de', 'cd')):
+        for name in names: write_shards(root/'someone/tales'/language, count=1)[0].rename(root/'someone/tales'/language/f'{name}.parquet')
+    _, run = open_stage('two', data=str(root), corpus='someone/tales/en=1,someone/tales/de=2')
+    assert [source['val_shard'] for source in run.info['sources']] == ['b.parquet', 'd.parquet']
+
+def test_a_wanted_column_is_for_ones_own_text_and_nulls_are_empty_documents(root, tmp_path):
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'a.jsonl').write_text('\n'.join(json.dumps(dict(story=None if i == 5 else text(i), url='http://a', note='n')) for i in range(40)))
+    _, run = open_stage('column', data=str(root), corpus=f'fineweb-edu=3,{tmp_path/"mine"}=1', column='story')
+    own = corpus_sources(run)[1].files + corpus_sources(run, 'val')[1].files
+    assert set(parquet_documents(own)) == {text(i) for i in range(40) if i != 5}
+
+def test_a_run_of_an_earlier_version_is_told_so(root):
+    _, run = open_stage('old', data=str(root))
+    run.write_json({key: value for key, value in run.info.items() if key != 'sources'} | dict(train_files=['x']), 'run.json')
+    with pytest.raises(NanochatError, match='earlier version.*start a new run'): corpus_files(run)
 
 def test_a_repository_of_the_hub_keeps_its_files_and_needs_no_network_again(root, hub, tmp_path, monkeypatch):
     shard = (root/FINEWEB.repo/NAMES[0]).read_bytes()

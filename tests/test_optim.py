@@ -484,3 +484,10 @@ def test_a_step_of_a_million_parameters_is_cheap():
         for optimizer in optimizers: optimizer.step()
         times.append(time.process_time() - begin)
     assert min(times) < 0.15  # CPU seconds on one thread; about 0.02 with bfloat16 in hardware, 0.05 without
+
+
+@pytest.mark.parametrize("overrides, says", [(dict(smear="no"), "smear is 'no'; give true or false"), (dict(softcap="hello"), "give a number"), (dict(window_pattern=3), "give a word"),
+                                             (dict(momentum_steps=0), "at least 1"), (dict(warmdown=2), "choose from 0 to 1"), (dict(qk_scale=None), "give a number"), (dict(smeer=True), "no field")])
+def test_a_field_of_the_wrong_kind_is_one_line(overrides, says):
+    from nanochat.pretrain import CLASSIC, choose_fields
+    with pytest.raises(NanochatError, match=says): choose_fields("modern", overrides, **CLASSIC)

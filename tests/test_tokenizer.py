@@ -610,3 +610,18 @@ def test_the_crate_passes_its_own_tests():
     done = subprocess.run(["cargo", "test", "-q", "--release", "--no-default-features", "--lib"], cwd=crate, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split(" passed")[0].split()[-1]) >= 8
+
+
+def test_training_says_now_and_then_how_far_it_is(capsys):
+    progress = module.Progress(100, every=0)
+    progress(5_000_000, 0)
+    progress(0, 40)
+    assert capsys.readouterr().out == "tokenizer: 5 MB of text read\ntokenizer: 40 of 100 merges\n"
+    module.Progress(100)(0, 41)  # too soon to say anything again
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.skipif(module.rustbpe is None, reason="the Rust trainer is not built")
+def test_what_progress_raises_ends_the_training():
+    def stop(num_bytes, merges): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): module.rustbpe.train(("a text of some length " * 1000 for _ in range(500)), 300, None, stop)
