@@ -27,7 +27,7 @@ SWITCHES = dict(simple={}, deviation=dict(divide_by_deviation=True), fixed_lengt
 GROUPS = [ # (prompt, tries, rewards): lengths differ, a tool wrote the tokens with mask 0, the second group agrees
     ([1, 2], [Sample([3, 4, 5], [1, 1, 1]), Sample([6], [1]), Sample([3, 7, 2, 2], [1, 0, 0, 1]), Sample([4, 4], [1, 1])], [1.0, 0.0, 0.0, 0.0]),
     ([1, 3, 3], [Sample([2], [1]), Sample([5, 6], [1, 1]), Sample([5, 5, 5], [1, 1, 0]), Sample([7], [1])], [1.0, 1.0, 1.0, 1.0]),
-    ([1, 5], [Sample([6, 6, 1, 2, 3], [1, 1, 1, 1, 1]), Sample([7, 2], [1, 0]), Sample([3, 3], [1, 1]), Sample([2, 4, 6], [0, 1, 1])], [0.0, 1.0, 1.0, 0.0])]
+    ([1, 5], [Sample([6, 6, 1, 2, 3], [1, 1, 0, 1, 1]), Sample([7, 2], [1, 0]), Sample([3, 3], [1, 1]), Sample([2, 4, 6], [0, 1, 1])], [0.0, 1.0, 1.0, 0.0])]
 
 
 class Bigram(nn.Module):
@@ -43,7 +43,7 @@ class Bigram(nn.Module):
 
 
 def fixed_trainer(model, groups=GROUPS, compute=ALONE, divide_by_deviation=False, fixed_length=False, optimizers=(), **options):
-    "A trainer whose tries are given; every second pass of the test changes the model as a step would"
+    "A trainer whose tries are given"
     per_process = len(groups) // compute.world_size
     loader = RolloutLoader(model, SimpleNamespace(special={"<|assistant_end|>": END}), None, compute, len(groups), 4, 2 if per_process % 2 else 4, 12, 5, by_deviation=divide_by_deviation)
     loader.attempt = lambda count, turn=0: groups[compute.rank::compute.world_size][:count]
@@ -267,7 +267,7 @@ def test_the_measures_are_what_their_names_say(home):
     model.table.data.copy_(moved(start, 1))
     def p(table, last, token): return float(table[last].log_softmax(0)[token])
     firsts = [(prompt[-1], tries[0]) for prompt, tries, _ in GROUPS]
-    surprise = [-p(model.table.data, last, token) for last, s in firsts for last, token in zip([last, *s.ids], s.ids)]
+    surprise = [-p(model.table.data, last, token) for last, s in firsts for last, token, mask in zip([last, *s.ids], s.ids, s.mask) if mask]
     far = [p(start, last, token) - p(model.table.data, last, token) for prompt, tries, _ in GROUPS for s in tries
            for last, token, mask in zip([prompt[-1], *s.ids], s.ids, s.mask) if mask]
     grpo.PolicyTrainer.train_step(trainer, 1.0)
