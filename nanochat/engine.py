@@ -84,7 +84,7 @@ def walk(
     place = torch.searchsorted(reached, u * reached[:, -1:], right=True).clamp(max=logits.size(1) - 1)
     return (place if candidates is None else candidates.gather(1, place))[:, 0]
 
-# %% ../nbs/14_engine.ipynb #ef322ba3
+# %% ../nbs/14_engine.ipynb #e563e41e
 def choose_tokens(
     logits: Tensor, # (B, V) float32
     temperature: np.ndarray, # (B,) 0: the likeliest token
@@ -94,6 +94,7 @@ def choose_tokens(
     min_p: np.ndarray | float = 0.0, # (B,) keep candidates at least this fraction as likely as the likeliest
 ) -> np.ndarray: # (B,) int64 token ids
     "Pick the next token of each row; a row's choice depends on its own numbers only"
+    if not temperature.any(): return logits.argmax(-1).cpu().numpy()
     (B, V), tokens = logits.shape, np.empty(len(logits), np.int64)
     limits = np.where((top_k > 0) & (top_k < V), top_k, V)
     dials = np.stack(np.broadcast_arrays(temperature, limits, top_p, min_p), 1).astype(np.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, Settings, TextStream, choose_tokens, readable_text, sample_key, uniform
+from nanochat.engine import Engine, Settings, TextStream, choose_tokens, penalise, readable_text, sample_key, uniform
 from nanochat.gpt import GPT, GPTConfig, RECIPES
 from nanochat.tokenizer import Tokenizer
 
@@ -129,6 +129,7 @@ def test_extreme_noise_and_infinite_logits_stay_within_the_candidates():
     noise = np.array([0., .5, np.nextafter(1., 0), .999999])
     assert set(choose_tokens(logits, np.full(4, 1e-4), np.full(4, 4), noise)) == {0}
     assert set(choose_tokens(logits, np.full(4, 1.), np.full(4, 0), noise)) <= {0, 2}
+    assert choose_tokens(logits.flip(1), np.full(4, 1.), np.full(4, 0), noise)[0] == 1, "noise 0 takes the first candidate that has any weight"
 
 
 def scripted(model, monkeypatch, ids):
@@ -288,7 +289,10 @@ def test_repetition_penalty_is_that_of_transformers_and_touches_only_its_row(mod
         with torch.no_grad():
             for _ in range(n): ids = torch.cat([ids, process(ids, model(ids)[:, -1]).argmax(-1, keepdim=True)], 1)
         return ids[0].tolist()
-    prompts, engine, penalties, lengths = ragged(8, seed=6), deaf(model, max_batch=3), (1., 1.3, 2., 1., 5., .8, 1.1, 1.), (4, 18, 9, 25, 20, 6, 22, 12)
+    scores, seen = torch.randn(1, V, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 8, 8, 40, V - 1]])
+    marked = torch.zeros(1, V, dtype=torch.bool).index_fill(1, seen[0], True)
+    torch.testing.assert_close(penalise(scores, marked, np.array([1.7])), RepetitionPenaltyLogitsProcessor(1.7)(seen, scores), rtol=0, atol=0)
+    prompts, engine, penalties, lengths = ragged(8, seed=6), deaf(model, max_batch=3), (1., 1.3, 2., 1., 5., .8, 2., 3.), (4, 18, 9, 15, 8, 6, 20, 30)
     rows = [engine.submit(p, 1, n, temperature=0, repetition_penalty=x)[0] for p, x, n in zip(prompts, penalties, lengths)]  # rows end at different times, and others move
     while engine.busy: engine.step()
     expected = [(penalised(p, n, x) if x != 1 else naive(model, p, n))[len(p):] for p, x, n in zip(prompts, penalties, lengths)]
@@ -324,8 +328,8 @@ def test_a_stop_text_ends_a_stream_exactly_before_it_whatever_the_tokens(text):
     def cut(stops): return text[:min(((at + len(s), at) for s in stops if (at := text.find(s)) >= 0), default=(0, len(text)))[1]]  # the first that is complete
     rng = np.random.default_rng(0)
     for _ in range(200):
-        stops = [text[a:a + n] for a, n in zip(rng.integers(0, len(text), 3), rng.integers(1, 7, 3))] + ["\nUser:"]
-        stops = [s for s in stops[rng.integers(0, 4):]]
+        stops = [text[a:a + n] for a, n in zip(rng.integers(0, len(text), 3), rng.integers(1, 7, 3))] + ["\nUser:", text[-2:] + "!"]
+        stops = stops[rng.integers(0, 5):]
         for ids in (TOKENIZER.encode(text), list(text.encode())):  # the first 256 tokens are the bytes
             stream, said = TextStream(TOKENIZER, stops), ""
             for i in ids:
@@ -388,6 +392,15 @@ def test_a_known_beginning_is_reused_and_changes_nothing(fields):
     assert len(engine.memory.texts) > 1 and sum(len(ids) for ids, _ in engine.memory.texts) <= engine.memory.limit
 
 
+def test_a_long_known_beginning_and_a_long_new_prompt_are_not_read_together(model):
+    engine = deaf(model, max_len=960)  # all that the rotary tables have
+    talk = [3, 1, 4, 1, 5, 9] * 100
+    list(engine.stream(talk, 2, temperature=0))
+    rows = [engine.submit(p, 1, 3, temperature=0)[0] for p in (talk + [7], [8] * 500)]
+    while engine.busy: engine.step()
+    assert [row.ids for row in rows] == [naive(model, p, 3)[len(p):] for p in (talk + [7], [8] * 500)] and engine.counts["reused"] == 600
+
+
 def test_logits_after_a_known_beginning_are_those_of_reading_it_all(model):
     [talk], found = ragged(1, low=60, high=61), []
     for warm in (talk[:40], None):
@@ -405,8 +418,8 @@ def test_the_memory_of_texts_is_bounded_and_forgets_the_oldest(model):
     for i in range(6): list(engine.stream([i] * 30, 6))
     assert [len(ids) for ids, _ in engine.memory.texts] == [35, 35] and [int(ids[0]) for ids, _ in engine.memory.texts] == [4, 5]
     assert all(cache.max_len == len(ids) and len(cache.lengths) == 1 for ids, cache in engine.memory.texts)
-    list(engine.stream([4] * 30 + [1], 2)); list(engine.stream([7] * 30, 6))
-    assert {int(ids[0]) for ids, _ in engine.memory.texts} == {4, 7}, "the text that was not used for longest goes first"
+    list(engine.stream([4] * 30 + [1], 2))
+    assert {int(ids[0]) for ids, _ in engine.memory.texts} == {4}, "the text that was not used for longest goes first"
     none = deaf(model, memory_tokens=0)
     for _ in range(2): list(none.stream([5] * 30, 6))
     assert none.counts["reused"] == 0 and not none.memory.texts
@@ -468,6 +481,8 @@ def test_a_prompt_cancelled_while_it_is_read_leaves_the_others_alone(model):
     [gone], [kept] = engine.submit([7] * 60, 1, 6), engine.submit([8] * 20, 1, 6, temperature=0)
     for _ in range(3): engine.step()
     engine.cancel(gone)
+    for _ in range(3): engine.step()
+    assert kept.ids, "nothing more is read of the one that has gone: 19 tokens take three pieces"
     while engine.busy: engine.step()
     assert gone.ids == [] and kept.ids == naive(model, [8] * 20, 6)[20:] and running.ids == naive(model, [3] * 4, 30)[4:]
 
