@@ -2,8 +2,9 @@
 
 python benchmarks/inference.py [--depths 4 8] [--batches 1 8 32] [--prompt 512] [--new 64] [--vocab-size 8192] [--rounds 3] [--threads 2] [--record FILE.json]
 
-Prefill is the time to the first new token of every row. Decoding is what `--new` tokens more take, divided by their number. The peer runs with its
-dynamic and its static cache; each ratio is to the better of the two. Weights are random, so what is written is noise; both must write the same noise.
+Prefill is the time to the first new token of every row; decoding is the median time of the `--new` steps after it. The peer runs with its dynamic and
+its static cache; each ratio is to the better of the two. Weights are random, so what is written is noise, but both should write the same noise: the
+share of rows in which they do is printed (a rounding difference between two nearly equal scores can part them).
 """
 import argparse, json, os, statistics, tempfile, time
 from pathlib import Path
@@ -24,11 +25,15 @@ def ours(folder: str, vocab_size: int):
     from nanochat.engine import Engine
     model, tokenizer = hf.load(folder)
     tokenizer = type("Wide", (), dict(special=tokenizer.special, vocab_size=vocab_size))()  # the model's table is larger than this tokenizer
-    def generate(prompts, new):
-        engine = engines.setdefault(len(prompts), Engine(model.requires_grad_(False), tokenizer, max_batch=len(prompts)))
+    model.requires_grad_(False)
+    def generate(prompts, new, tick):
+        engine = Engine(model, tokenizer, max_batch=len(prompts))
         engine.notable[:], engine.stops = False, set()  # noise should not end it
-        return [sample.ids for [sample] in engine.generate(prompts, max_tokens=new, temperature=0)]
-    engines = {}
+        rows = [engine.submit(prompt, 1, new, temperature=0)[0] for prompt in prompts]
+        while engine.busy:
+            engine.step()
+            tick()
+        return [row.ids for row in rows]
     return generate
 
 
@@ -39,20 +44,24 @@ def peer(folder: str, static: bool):
     model = NanoChatForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     cache = dict(cache_implementation="static") if static else {}
-    def generate(prompts, new):
+    class Ticks:  # generate() hands every step's tokens to a streamer, the prompt first
+        def __init__(self, tick): self.tick, self.begun = tick, False
+        def put(self, _): self.begun, _ = True, self.begun and self.tick()
+        def end(self): pass
+    def generate(prompts, new, tick):
         ids = torch.tensor(prompts)
-        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **cache)[:, ids.size(1):].tolist()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, streamer=Ticks(tick), **cache)[:, ids.size(1):].tolist()
     return generate
 
 
 def measure(generate, prompts: list, new: int) -> tuple[dict, list]:
     "Tokens a second in both phases, and what was written"
-    def seconds(n):
-        start = time.perf_counter()
-        written = generate(prompts, n)
-        return time.perf_counter() - start, written
-    first, (whole, written) = seconds(1)[0], seconds(1 + new)
-    return dict(prefill=len(prompts) * len(prompts[0]) / first, decode=len(prompts) * new / (whole - first), step_ms=1e3 * (whole - first) / new), written
+    times = [time.perf_counter()]
+    written = generate(prompts, 1 + new, lambda: times.append(time.perf_counter()))
+    first, *steps = (b - a for a, b in zip(times, times[1:]))
+    assert len(steps) == new, f"{len(steps)} steps instead of {new}"
+    step = statistics.median(steps)
+    return dict(prefill=len(prompts) * len(prompts[0]) / first, decode=len(prompts) / step, step_ms=1e3 * step), written
 
 
 def compare(args, depth: int) -> list[dict]:
@@ -66,7 +75,7 @@ def compare(args, depth: int) -> list[dict]:
         for batch in args.batches:
             prompts = torch.randint(args.vocab_size, (batch, args.prompt), generator=torch.Generator().manual_seed(batch)).tolist()
             results, written = {name: [] for name in runners}, {}
-            for name, generate in runners.items(): generate(prompts, 2)  # warm up
+            for name, generate in runners.items(): measure(generate, prompts, 1)  # warm up
             for _ in range(args.rounds):
                 for name, generate in runners.items():
                     found, written[name] = measure(generate, prompts, args.new)

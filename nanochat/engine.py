@@ -176,7 +176,7 @@ class Row(Sample):
         "What the caller gets"
         return Sample(self.ids, self.mask, self.finished, self.stopped, self.logprobs, self.likeliest)
 
-# %% ../nbs/14_engine.ipynb #f519eb3b
+# %% ../nbs/14_engine.ipynb #2bc254f4
 _STATE = np.dtype([("token", "i8"), ("key", "u8"), ("step", "i8"), ("limit", "i8"), ("temperature", "f4"), ("top_k", "i8"),
                    ("top_p", "f4"), ("min_p", "f4"), ("penalty", "f4"), ("logprobs", "i8"), ("watched", "?"), ("forced", "?")])
 
@@ -194,7 +194,7 @@ class Engine:
         self.source, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.max_len, self.device = max_len or model.config.sequence_len, model.device
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else model.compute_dtype)
-        self.weights, self.cache, self.prefill_tokens = None, None, 8192 # prefill_tokens: most tokens, with padding, read in one pass
+        self.weights, self.cache, self.prefill_tokens = None, None, 2048 if self.device.type == "cpu" else 8192 # most tokens, with padding, read in one pass
         self.state, self.rows, self.holes, self.waiting = np.zeros(max_batch, _STATE), [], [], deque() # rows[i] is in slot i; holes: slots whose row has ended
         self.seen, self.reading, self.probe = None, None, None # seen: tokens of each slot's text, if a penalty asks
         self.memory, self.counts = Memory(4 * self.max_len if memory_tokens is None else memory_tokens), Counter() # counts: tokens read, reused, shared, written
@@ -223,11 +223,11 @@ def refresh(self: Engine) -> None:
     if self.memory.texts and not torch.equal(self._probe(), self.probe): self.memory.texts.clear() # other weights would have read them differently
 
 @patch
-def _probe(self: Engine) -> Tensor: # (numbers,) float64
+def _probe(self: Engine) -> Tensor: # (numbers,) float32
     "A few numbers of every weight, and how often it was changed in place"
     weights = [p.detach() for p in self.source.parameters()]
-    changes = torch.tensor([0 if p.is_inference() else p._version for p in weights], dtype=torch.float64, device=self.device)
-    return torch.cat([changes, *(p.flatten()[::max(1, p.numel() // 64)].double() for p in weights)])
+    changes = torch.tensor([0 if p.is_inference() else p._version for p in weights], dtype=torch.float32, device=self.device)
+    return torch.cat([changes, *(p.flatten()[::max(1, p.numel() // 64)].float() for p in weights)])
 
 # %% ../nbs/14_engine.ipynb #ae4fd3ca
 @patch

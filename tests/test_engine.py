@@ -292,7 +292,7 @@ def test_repetition_penalty_is_that_of_transformers_and_touches_only_its_row(mod
     scores, seen = torch.randn(1, V, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 8, 8, 40, V - 1]])
     marked = torch.zeros(1, V, dtype=torch.bool).index_fill(1, seen[0], True)
     torch.testing.assert_close(penalise(scores, marked, np.array([1.7])), RepetitionPenaltyLogitsProcessor(1.7)(seen, scores), rtol=0, atol=0)
-    prompts, engine, penalties, lengths = ragged(8, seed=6), deaf(model, max_batch=3), (1., 1.3, 2., 1., 5., .8, 2., 3.), (4, 18, 9, 15, 8, 6, 20, 30)
+    prompts, engine, penalties, lengths = ragged(8, seed=6), deaf(model, max_batch=3), (1., 1.3, 2., 1., 5., .8, 2., 3.), (4, 18, 9, 15, 8, 6, 30, 12)
     rows = [engine.submit(p, 1, n, temperature=0, repetition_penalty=x)[0] for p, x, n in zip(prompts, penalties, lengths)]  # rows end at different times, and others move
     while engine.busy: engine.step()
     expected = [(penalised(p, n, x) if x != 1 else naive(model, p, n))[len(p):] for p, x, n in zip(prompts, penalties, lengths)]
@@ -495,3 +495,14 @@ def test_greedy_equals_recomputing_everything_on_a_gpu(model):
     prompts = ragged(9)
     found = deaf(gpu, max_batch=4).generate(prompts, max_tokens=15, temperature=0)
     assert [s.ids for [s] in found] == [s.ids for [s] in deaf(model).generate(prompts, max_tokens=15, temperature=0)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])])
+def test_all_settings_together_with_pieces_and_memory(model, device):
+    import copy
+    engine, prompts = deaf(copy.deepcopy(model).to(device), max_batch=4), ragged(9, low=20)
+    engine.prefill_tokens = 16
+    options = dict(max_tokens=8, temperature=.8, top_k=None, top_p=.9, min_p=.01, repetition_penalty=1.2, logprobs=2, stop="never said", remember=True)
+    first, again = (engine.generate(prompts, **options) for _ in range(2))
+    assert [s.ids for [s] in first] == [s.ids for [s] in again] and all(len(s.logprobs) == len(s.likeliest) == 8 for [s] in first)
+    assert engine.counts["reused"] > 100
