@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, TextStream, choose_tokens, readable_text, sample_key, uniform
+from nanochat.engine import Engine, Settings, TextStream, choose_tokens, penalise, readable_text, sample_key, uniform
 from nanochat.gpt import GPT, GPTConfig, RECIPES
 from nanochat.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def model():
 def deaf(model, **options):
     "An engine that no token stops"
     engine = Engine(model, TOKENIZER, **options)
-    engine.notable[:] = False
+    engine.notable[:], engine.stops = False, set()
     return engine
 
 
@@ -129,6 +129,7 @@ def test_extreme_noise_and_infinite_logits_stay_within_the_candidates():
     noise = np.array([0., .5, np.nextafter(1., 0), .999999])
     assert set(choose_tokens(logits, np.full(4, 1e-4), np.full(4, 4), noise)) == {0}
     assert set(choose_tokens(logits, np.full(4, 1.), np.full(4, 0), noise)) <= {0, 2}
+    assert choose_tokens(logits.flip(1), np.full(4, 1.), np.full(4, 0), noise)[0] == 1, "noise 0 takes the first candidate that has any weight"
 
 
 def scripted(model, monkeypatch, ids):
@@ -256,6 +257,236 @@ def test_text_stream_never_cuts_a_character():
     assert [stream.push(i) for i in cut] == [""] * len(cut) and stream.finish() == "\ufffd"
 
 
+DIALS = [(0., 0, 1., 0.), (1., 0, 1., 0.), (.7, 5, 1., 0.), (1.3, 0, .8, 0.), (1., 0, 1., .1), (1.5, 20, .6, .02), (.4, 9, .95, 0.), (2., 500, 1., 0.), (1., 1, .3, .9)]
+
+
+def dials(rows):
+    return dict(zip(("temperature", "top_k", "top_p", "min_p"), map(np.array, zip(*rows))))
+
+
+@pytest.mark.parametrize("row", DIALS[1:])
+def test_sampling_settings_mean_what_they_mean_in_transformers(row):
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    temperature, k, p, least = row
+    scores, n = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)) * 2, 40_000
+    warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(k)] if k else []), TopPLogitsWarper(p), MinPLogitsWarper(least)]
+    expected = LogitsProcessorList(warpers)(None, scores)[0].softmax(-1).numpy()
+    found = np.bincount(choose_tokens(scores.expand(n, 50), noise=(np.arange(n) + .5) / n, **dials([row] * n)), minlength=50) / n
+    assert np.abs(found - expected).max() < 2 / n and ((found > 0) <= (expected > 0)).all()
+
+
+def test_a_row_is_chosen_for_alone_as_among_rows_with_other_settings():
+    scores, rng = torch.randn(90, 400, generator=torch.Generator().manual_seed(1)), np.random.default_rng(0)
+    rows, noise = [DIALS[i] for i in rng.integers(0, len(DIALS), 90)], rng.random(90)
+    together = choose_tokens(scores, noise=noise, **dials(rows))
+    assert together.tolist() == [choose_tokens(scores[i:i+1], noise=noise[i:i+1], **dials(rows[i:i+1])).item() for i in range(90)]
+
+
+def test_repetition_penalty_is_that_of_transformers_and_touches_only_its_row(model):
+    from transformers import RepetitionPenaltyLogitsProcessor
+    def penalised(ids, n, penalty):
+        ids, process = torch.tensor([ids]), RepetitionPenaltyLogitsProcessor(penalty)
+        with torch.no_grad():
+            for _ in range(n): ids = torch.cat([ids, process(ids, model(ids)[:, -1]).argmax(-1, keepdim=True)], 1)
+        return ids[0].tolist()
+    scores, seen = torch.randn(1, V, generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 8, 8, 40, V - 1]])
+    marked = torch.zeros(1, V, dtype=torch.bool).index_fill(1, seen[0], True)
+    torch.testing.assert_close(penalise(scores, marked, np.array([1.7])), RepetitionPenaltyLogitsProcessor(1.7)(seen, scores), rtol=0, atol=0)
+    prompts, engine, penalties, lengths = ragged(8, seed=6), deaf(model, max_batch=3), (1., 1.3, 2., 1., 5., .8, 2., 3.), (4, 18, 9, 15, 8, 6, 30, 12)
+    rows = [engine.submit(p, 1, n, temperature=0, repetition_penalty=x)[0] for p, x, n in zip(prompts, penalties, lengths)]  # rows end at different times, and others move
+    while engine.busy: engine.step()
+    expected = [(penalised(p, n, x) if x != 1 else naive(model, p, n))[len(p):] for p, x, n in zip(prompts, penalties, lengths)]
+    assert [row.ids for row in rows] == expected
+    assert expected[1] != naive(model, prompts[1], 18)[len(prompts[1]):]
+
+
+def test_logprobs_are_the_models_own_at_every_token(model):
+    engine, prompts = deaf(model, max_batch=3), ragged(6, seed=2, low=2)
+    wanted = (None, 0, 3, None, 5, 1)
+    rows = [engine.submit(p, 1, 10, temperature=t, top_p=.9, repetition_penalty=1.2, logprobs=n, seed=4, index=i)[0] for i, (p, n, t) in enumerate(zip(prompts, wanted, (1., .5, 2., 0, 0, 1.)))]
+    while engine.busy: engine.step()
+    for prompt, row, n in zip(prompts, rows, wanted):
+        logs = model(torch.tensor([prompt + row.ids]))[0, len(prompt) - 1:-1].log_softmax(-1)
+        if n is None: assert row.logprobs == row.likeliest == []; continue
+        torch.testing.assert_close(torch.tensor(row.logprobs), logs[torch.arange(10), row.ids], rtol=1e-4, atol=1e-4)
+        for found, position in zip(row.likeliest, logs):
+            assert len(found) == n and list(found) == position.topk(n).indices.tolist()
+            torch.testing.assert_close(torch.tensor(list(found.values())), position.topk(n).values, rtol=1e-4, atol=1e-4)
+
+
+def test_logprobs_leave_out_the_stop_token_as_the_ids_do(model, monkeypatch):
+    words = [*TOKENIZER.encode("ab"), SPECIAL["<|assistant_end|>"]]
+    [[sample]] = scripted(model, monkeypatch, words).generate([[TOKENIZER.bos]], logprobs=2)
+    assert len(sample.ids) == len(sample.logprobs) == len(sample.likeliest) == len(words) - 1
+
+
+TEXTS = ["Where is the 🙂 now? né, né and 漢字", "aaaaab aab", "👩‍👩‍👧 one\n\ntwo\n\n\nthree"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stop_text_ends_a_stream_exactly_before_it_whatever_the_tokens(text):
+    def cut(stops): return text[:min(((at + len(s), at) for s in stops if (at := text.find(s)) >= 0), default=(0, len(text)))[1]]  # the first that is complete
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        stops = [text[a:a + n] for a, n in zip(rng.integers(0, len(text), 3), rng.integers(1, 7, 3))] + ["\nUser:", text[-2:] + "!"]
+        stops = stops[rng.integers(0, 5):]
+        for ids in (TOKENIZER.encode(text), list(text.encode())):  # the first 256 tokens are the bytes
+            stream, said = TextStream(TOKENIZER, stops), ""
+            for i in ids:
+                said += stream.push(i)
+                assert cut(stops).startswith(said) and "\ufffd" not in said
+            assert said + stream.finish() == cut(stops) == readable_text(TOKENIZER, ids, stops)
+            assert (stream.stopped is not None) == (cut(stops) != text) and stream.stopped in (None, *stops)
+
+
+def test_a_stop_text_ends_its_row_only(model, monkeypatch):
+    words = TOKENIZER.encode("It is né 🙂🙂. Then more")
+    [[sample]] = scripted(model, monkeypatch, words).generate([[TOKENIZER.bos]], stop=["never", "🙂. T"], max_tokens=60)
+    assert sample.finished and sample.stopped == "🙂. T" and readable_text(TOKENIZER, sample.ids, ["🙂. T"]) == "It is né 🙂"
+    assert TOKENIZER.decode(sample.ids).startswith("It is né 🙂🙂. T") and len(sample.ids) < len(words)
+    monkeypatch.undo()
+    engine, prompts = deaf(model), ragged(4, seed=9)
+    free = engine.generate(prompts, max_tokens=20, temperature=0)
+    stops = [None, TOKENIZER.decode(free[1][0].ids[6:8]), "nobody says this", None]
+    rows = [engine.submit(p, 1, 20, temperature=0, stop=s)[0] for p, s in zip(prompts, stops)]
+    while engine.busy: engine.step()
+    assert [r.ids for i, r in enumerate(rows) if i != 1] == [free[i][0].ids for i in (0, 2, 3)] and rows[1].ids == free[1][0].ids[:len(rows[1].ids)]
+    assert len(rows[1].ids) <= 8 and rows[1].stopped == stops[1] and [r.finished for r in rows] == [False, True, False, False]
+
+
+def test_a_stop_text_that_a_tool_writes_counts(model, monkeypatch):
+    call = [SPECIAL["<|python_start|>"], *TOKENIZER.encode("48/2"), SPECIAL["<|python_end|>"]]
+    [[sample]] = scripted(model, monkeypatch, call + TOKENIZER.encode("no more")).generate([[TOKENIZER.bos]], stop="=24", max_tokens=60)
+    assert sample.stopped == "=24" and readable_text(TOKENIZER, sample.ids, "=24") == "<<48/2"
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-2), dict(top_p=0), dict(top_p=1.1), dict(min_p=2), dict(min_p=-.1),
+                                      dict(repetition_penalty=0), dict(stop=["a", ""]), dict(logprobs=-1)], ids=str)
+def test_senseless_settings_are_refused_by_name(model, settings):
+    engine = Engine(model, TOKENIZER)
+    with pytest.raises(NanochatError, match=next(iter(settings))): engine.generate([[1, 2]], **settings)
+    assert not engine.busy and Settings(top_k=None, stop="x").stop == ("x",)
+
+
+def test_samples_of_a_prompt_are_read_once(model):
+    engine = deaf(model, max_batch=4)
+    engine.generate([[5] * 20, [6] * 30], num_samples=9, max_tokens=3)
+    assert engine.counts == dict(read=19 + 29, reused=0, shared=8 * (19 + 29), written=2 * 9 * 3)
+
+
+@pytest.mark.parametrize("fields", SWITCHES.values(), ids=SWITCHES)
+def test_a_known_beginning_is_reused_and_changes_nothing(fields):
+    model = switched(fields)
+    engine, [talk] = deaf(model), ragged(1, seed=5, low=20, high=21)
+    for turn in range(3):  # each prompt is the talk so far and a few tokens more
+        before = engine.counts["read"], engine.counts["reused"]
+        answer = [token for token, _ in engine.stream(talk, 8, temperature=0)]
+        assert answer == naive(model, talk, 8)[len(talk):]
+        read, reused = engine.counts["read"] - before[0], engine.counts["reused"] - before[1]
+        assert (read, reused) == ((19, 0) if turn == 0 else (5, len(talk) - 6))  # the last token of the answer, and all but the last of the five new ones
+        talk = talk + answer + [3, 1, 4, 1, 5]
+    forks = [talk[:40] + more for more in ([7] * 9, [8] * 3, [9])] + ragged(3, seed=7) + [talk[:25], [2]]  # some begin like it, and are read together with some that do not
+    rows = [engine.submit(p, 1, 10, temperature=0)[0] for p in forks]
+    while engine.busy: engine.step()
+    assert [row.ids for row in rows] == [naive(model, p, 10)[len(p):] for p in forks]
+    assert len(engine.memory.texts) > 1 and sum(len(ids) for ids, _ in engine.memory.texts) <= engine.memory.limit
+
+
+def test_a_long_known_beginning_and_a_long_new_prompt_are_not_read_together(model):
+    engine = deaf(model, max_len=960)  # all that the rotary tables have
+    talk = [3, 1, 4, 1, 5, 9] * 100
+    list(engine.stream(talk, 2, temperature=0))
+    rows = [engine.submit(p, 1, 3, temperature=0)[0] for p in (talk + [7], [8] * 500)]
+    while engine.busy: engine.step()
+    assert [row.ids for row in rows] == [naive(model, p, 3)[len(p):] for p in (talk + [7], [8] * 500)] and engine.counts["reused"] == 600
+
+
+def test_logits_after_a_known_beginning_are_those_of_reading_it_all(model):
+    [talk], found = ragged(1, low=60, high=61), []
+    for warm in (talk[:40], None):
+        engine = deaf(model)
+        if warm: list(engine.stream(warm, 1))
+        [row] = engine.submit(talk, 1, 5, temperature=0, logprobs=V)
+        while engine.busy: engine.step()
+        found.append(torch.tensor([[at[i] for i in range(V)] for at in row.likeliest]))
+        assert engine.counts["reused"] == (40 if warm else 0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_memory_of_texts_is_bounded_and_forgets_the_oldest(model):
+    engine = deaf(model, memory_tokens=100)
+    for i in range(6): list(engine.stream([i] * 30, 6))
+    assert [len(ids) for ids, _ in engine.memory.texts] == [35, 35] and [int(ids[0]) for ids, _ in engine.memory.texts] == [4, 5]
+    assert all(cache.max_len == len(ids) and len(cache.lengths) == 1 for ids, cache in engine.memory.texts)
+    list(engine.stream([4] * 30 + [1], 2))
+    assert {int(ids[0]) for ids, _ in engine.memory.texts} == {4}, "the text that was not used for longest goes first"
+    none = deaf(model, memory_tokens=0)
+    for _ in range(2): list(none.stream([5] * 30, 6))
+    assert none.counts["reused"] == 0 and not none.memory.texts
+    left = deaf(model)
+    half = left.stream([5] * 30, 6); next(half); half.close()
+    assert not left.memory.texts
+
+
+def test_what_old_weights_have_read_is_forgotten():
+    torch.manual_seed(1)
+    model = GPT(GPTConfig.from_depth(2, vocab_size=TOKENIZER.vocab_size, sequence_len=64, n_embd=32, n_head=2))
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.3)
+    engine = deaf(model)
+    list(engine.stream([5] * 30, 6, temperature=0))
+    weight = model.transformer.h[0].attn.c_v.weight
+    for change in (lambda: weight[3, 5].add_(9), lambda: weight.data.mul_(-1)):
+        with torch.no_grad(): change()
+        assert [token for token, _ in engine.stream([5] * 30, 6, temperature=0)] == naive(model, [5] * 30, 6)[30:]
+        assert engine.counts["reused"] == 0
+    list(engine.stream([5] * 30, 6, temperature=0))
+    assert engine.counts["reused"] == 29
+
+
+@pytest.mark.parametrize("fields", SWITCHES.values(), ids=SWITCHES)
+def test_a_prompt_read_in_pieces_gives_the_same_answer(fields):
+    model, prompts = switched(fields), ragged(5, seed=11, low=30, high=80)
+    expected = [naive(model, p, 9)[len(p):] for p in prompts]
+    for tokens in (1, 7, 64):
+        engine = deaf(model, max_batch=3)
+        engine.prefill_tokens = tokens
+        assert [s.ids for [s] in engine.generate(prompts, max_tokens=9, temperature=0)] == expected
+
+
+def test_a_long_prompt_does_not_stall_the_rows_at_work(model, monkeypatch):
+    engine, passes = deaf(model), []
+    engine.prefill_tokens = 8
+    running = [engine.submit([i] * 4, 1, 30, temperature=0)[0] for i in (3, 4)]
+    engine.step()
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache=None: (passes[-1].append(idx.numel()), hidden(self, idx, cache))[1])
+    late = [engine.submit(p, 1, 6, temperature=0)[0] for p in ([7] * 60, [8] * 20)]
+    while engine.busy:
+        passes.append([])
+        at_work = [row for row in running if not row.done]
+        lengths = [len(row.ids) for row in at_work]
+        rows, _, _ = engine.step()
+        assert [len(row.ids) for row in at_work] == [n + 1 for n in lengths], "every row at work gets a token in every step"
+        assert len(passes[-1]) <= 2 and passes[-1][0] <= 8 and passes[-1][-1] == len(rows), "one piece of a prompt, then one token a row"
+    assert sum(sum(p[:-1]) for p in passes) == 59 + 19
+    monkeypatch.undo()
+    assert [row.ids for row in late] == [naive(model, p, 6)[len(p):] for p in ([7] * 60, [8] * 20)] and all(len(row.ids) == 30 for row in running)
+
+
+def test_a_prompt_cancelled_while_it_is_read_leaves_the_others_alone(model):
+    engine = deaf(model)
+    engine.prefill_tokens = 8
+    [running] = engine.submit([3] * 4, 1, 30, temperature=0)
+    engine.step()
+    [gone], [kept] = engine.submit([7] * 60, 1, 6), engine.submit([8] * 20, 1, 6, temperature=0)
+    for _ in range(3): engine.step()
+    engine.cancel(gone)
+    for _ in range(3): engine.step()
+    assert kept.ids, "nothing more is read of the one that has gone: 19 tokens take three pieces"
+    while engine.busy: engine.step()
+    assert gone.ids == [] and kept.ids == naive(model, [8] * 20, 6)[20:] and running.ids == naive(model, [3] * 4, 30)[4:]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_greedy_equals_recomputing_everything_on_a_gpu(model):
@@ -264,3 +495,14 @@ def test_greedy_equals_recomputing_everything_on_a_gpu(model):
     prompts = ragged(9)
     found = deaf(gpu, max_batch=4).generate(prompts, max_tokens=15, temperature=0)
     assert [s.ids for [s] in found] == [s.ids for [s] in deaf(model).generate(prompts, max_tokens=15, temperature=0)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")])])
+def test_all_settings_together_with_pieces_and_memory(model, device):
+    import copy
+    engine, prompts = deaf(copy.deepcopy(model).to(device), max_batch=4), ragged(9, low=20)
+    engine.prefill_tokens = 16
+    options = dict(max_tokens=8, temperature=.8, top_k=None, top_p=.9, min_p=.01, repetition_penalty=1.2, logprobs=2, stop="never said", remember=True)
+    first, again = (engine.generate(prompts, **options) for _ in range(2))
+    assert [s.ids for [s] in first] == [s.ids for [s] in again] and all(len(s.logprobs) == len(s.likeliest) == 8 for [s] in first)
+    assert engine.counts["reused"] > 100
