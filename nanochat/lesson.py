@@ -7,11 +7,14 @@ __all__ = ['exercises', 'SENTENCE', 'locate', 'library', 'tensor_difference', 'd
            'time_limit', 'Outcome', 'attempt', 'Habit', 'Exercise', 'exercise', 'find_exercise', 'CheckFailed', 'card',
            'Verdict', 'short', 'show_call', 'explained_by', 'diagnose', 'call_problem', 'examine', 'gradients',
            'examine_more', 'progress', 'remember', 'check', 'chosen', 'random_ids', 'count_pairs_cases', 'merge_cases',
-           'simple_bpe', 'random_words', 'train_bpe_cases', 'encode_chunk_cases', 'longest_first', 'audit', 'swap',
-           'has_front_end', 'Twin', 'Frame', 'bpe_frames', 'printable', 'chip', 'chips', 'frame_html', 'stepper_html',
-           'MergeStepper', 'TokenStrip', 'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration',
-           'Zoo', 'Fuel', 'duration', 'fuel_gauge', 'machine', 'Band', 'expect', 'Story', 'story', 'lesson_text',
-           'solution', 'folded', 'stale_solutions', 'sync_solutions']
+           'simple_bpe', 'random_words', 'train_bpe_cases', 'encode_chunk_cases', 'longest_first', 'visible_cases',
+           'simple_attend', 'attend_cases', 'attend_big', 'rotary_tables_cases', 'apply_rotary_cases',
+           'rotary_neighbours', 'norm_cases', 'audit', 'swap', 'has_front_end', 'Twin', 'Frame', 'bpe_frames',
+           'printable', 'chip', 'chips', 'frame_html', 'pages_html', 'MergeStepper', 'TokenStrip', 'single_bytes',
+           'rope_score', 'dial_html', 'RopeDial', 'grid_weights', 'grid_html', 'AttentionGrid', 'train_little',
+           'watch_attention', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'Zoo', 'Picture',
+           'curve_picture', 'map_picture', 'Fuel', 'duration', 'fuel_gauge', 'machine', 'Band', 'expect', 'Story',
+           'story', 'lesson_text', 'solution', 'folded', 'stale_solutions', 'sync_solutions']
 
 # %% ../nbs/23_lesson.ipynb #a0abdc97
 import copy, functools, hashlib, html, importlib, inspect, json, math, os, platform, random, re, signal, sys, textwrap, threading, time, types
@@ -45,7 +48,7 @@ def library(name: str, # such as 'tokenizer.merge'
     owner, attribute = locate(name)
     return _originals.get(name) or getattr(owner, attribute)
 
-# %% ../nbs/23_lesson.ipynb #51183e63
+# %% ../nbs/23_lesson.ipynb #9acccffe
 def tensor_difference(got, want, # two torch tensors
     tolerance: float, # largest allowed absolute difference, in the tensors' own unit
 ) -> str | None:
@@ -56,8 +59,8 @@ def tensor_difference(got, want, # two torch tensors
         return f'shape {tuple(got.shape)} came back, {tuple(want.shape)} was expected{turned}'
     if got.dtype != want.dtype: return f'dtype {got.dtype} came back, {want.dtype} was expected'
     if got.numel() == 0: return None
-    gap = (got.detach().double() - want.detach().double()).abs().max().item()
-    if math.isnan(gap) and not bool(want.isnan().any()): return 'some values are NaN: a division by zero, or a logarithm of zero?'
+    if bool((got.isnan() & ~want.isnan()).any()): return 'some values are NaN: a division by zero, or a logarithm of zero?'
+    gap = (got.detach().double() - want.detach().double()).nan_to_num(0.0).abs().max().item()   # both infinite, or both NaN: no difference
     return None if gap <= tolerance else f'the largest difference is {gap:.3g}; at most {tolerance:.0e} is allowed'
 
 # %% ../nbs/23_lesson.ipynb #55c86479
@@ -211,9 +214,13 @@ class Verdict:
         example = f'<pre style="margin:.4em 0 0 0;background:none">{html.escape(self.example)}</pre>' if self.example else ''
         return card(self.title(), html.escape(self.message) + example, _COLOURS.get(self.kind, '#c62828'))
 
-# %% ../nbs/23_lesson.ipynb #9562988d
+# %% ../nbs/23_lesson.ipynb #53611b22
 def short(value: object, width: int = 90) -> str:
-    "`repr(value)`, cut to `width` characters; of a long dictionary, the last entries"
+    "`repr(value)`, cut to `width` characters; of a long dictionary, the last entries; of a tensor, its shape and first numbers"
+    if hasattr(value, 'detach'):
+        numbers = ', '.join(f'{n:.4g}' for n in value.flatten()[:6].tolist()) + ', …' * (value.numel() > 6)
+        return f'tensor {tuple(value.shape)}: {numbers}'
+    if isinstance(value, tuple) and any(hasattr(v, 'detach') for v in value): return '; '.join(short(v, width) for v in value)
     if isinstance(value, dict) and len(repr(value)) > width:
         return '{…, ' + ', '.join(f'{key!r}: {value[key]!r}' for key in list(value)[-6:]) + '}'
     return repr(value) if len(repr(value)) <= width else repr(value)[:width - 2] + ' …'
@@ -277,7 +284,7 @@ def examine(exercise: Exercise, mine: Callable, seed: int = 0) -> Verdict:
         return Verdict(name, 'wrong' if got.kind == 'value' else got.kind, message, mistake, f'{show_call(name, arguments)}\n  yours: {yours}\n  right: {short(want)}')
     return examine_more(exercise, mine, seed, len(seen))
 
-# %% ../nbs/23_lesson.ipynb #07778550
+# %% ../nbs/23_lesson.ipynb #9b12bdb1
 def gradients(function: Callable, arguments: tuple) -> list:
     "Gradients of a weighted sum of `function`'s result with respect to each floating-point tensor argument"
     mine = [a.detach().clone().requires_grad_(True) if hasattr(a, 'is_floating_point') and a.is_floating_point() else a for a in arguments]
@@ -290,7 +297,7 @@ def examine_more(exercise: Exercise, mine: Callable, seed: int, cases: int) -> V
     "Gradients and speed, once the values are right"
     name, right, rng = exercise.name, library(exercise.name), random.Random(seed + 1)
     if exercise.gradients:
-        arguments = next(iter(exercise.cases(rng)))
+        *_, arguments = exercise.cases(rng)   # the largest: in the smallest, many gradients are zero
         got, want = gradients(mine, arguments), gradients(right, arguments)
         if words := difference(got, want, 10 * exercise.tolerance):
             reason = 'no gradient flows back: is there a .detach(), .item() or torch.no_grad() on the way?' if not got else words
@@ -487,6 +494,155 @@ def longest_first(chunk: bytes, ranks: dict) -> list[int]:
         i += size
     return ids
 
+# %% ../nbs/23_lesson.ipynb #0bb1f799
+def visible_cases(rng: random.Random) -> Iterator[tuple]:
+    "Inputs for visible: positions (B, T), and the number of keys"
+    import torch
+    yield torch.tensor([[0]]), 1
+    yield torch.arange(3)[None], 3
+    yield torch.tensor([[3]]), 5
+    yield torch.arange(2, 5)[None], 5
+    yield torch.tensor([[4], [1], [0]]), 5
+    for _ in range(3):
+        rows, length, start = rng.randint(2, 4), rng.randint(2, 6), rng.randint(0, 5)
+        yield torch.tensor([[rng.randint(0, start) + t for t in range(length)] for _ in range(rows)]), start + length
+
+exercise('attention.visible', visible_cases,
+    mutants=(
+        Mutant('sees the future', 'keys <= positions', 'keys >= positions',
+               'Your mask shows the future and hides the past. A key may be seen if its position is at most that of the query: key <= position.'),
+        Mutant('not itself', 'keys <= positions', 'keys < positions',
+               'A token does not see itself, so the first token sees nothing at all. Use <=, not <.'),
+        Mutant('one ahead', 'keys <= positions', 'keys <= positions + 1',
+               'Each token also sees the next one: the very token it is meant to guess. Your border is one too far to the right.'),
+        Mutant('counts from zero', 'positions[:, None, :, None]', 'torch.arange(positions.size(1))[None, None, :, None].expand(len(positions), 1, -1, 1)',
+               'You count the queries from 0, as if the text began with them. A query stands where `positions` says: after 5 tokens, the first new one is at position 5.'),
+        Mutant('no room for heads', 'positions[:, None, :, None]', 'positions[:, :, None]',
+               'The shape is (B, T, S). It should be (B, 1, T, S): the 1 is the place of the heads, which all share the mask. Put a None there.'),
+        Mutant('rows and columns', 'positions[:, None, :, None]', 'positions[:, None, None, :]',
+               'Queries and keys lie along the same dimension. Give the positions the shape (B, 1, T, 1), so that each is compared with all S keys.')),
+    habits=(
+        Habit('not true or false', lambda got, want, args: hasattr(got, 'dtype') and got.dtype != want.dtype,
+              'The result should hold True and False. A comparison such as a <= b gives them; do not turn them into numbers.'),
+        Habit('upside down', lambda got, want, args: got.shape == want.shape and bool((got == ~want).all()),
+              'True and False are exchanged: True is where the query MAY look.')))
+
+# %% ../nbs/23_lesson.ipynb #09e37e16
+def simple_attend(q, # (B, H, T, D) queries
+    k, # (B, H, T, D) keys
+    v, # (B, H, T, D) values
+): # (B, H, T, D)
+    "`attention.attend` over whole texts, as one first writes it"
+    T, D = q.shape[-2:]
+    scores = q @ k.transpose(-2, -1) / D**0.5            # (B, H, T, T)
+    past = scores.new_ones(T, T).tril() > 0              # True on and below the diagonal
+    weights = scores.masked_fill(~past, float('-inf')).softmax(-1)
+    return weights @ v
+
+def attend_cases(rng: random.Random) -> Iterator[tuple]:
+    "Inputs for attend: queries, keys and values, (B, H, T, D)"
+    import torch
+    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    yield tuple(torch.tensor(rows)[None, None] for rows in ([[1., 0.], [0., 2.], [1., 1.]], [[1., 0.], [0., 1.], [1., 1.]], [[10., 0.], [0., 10.], [5., 5.]]))
+    for shape in (1, 1, 1, 4), (1, 1, 3, 4), (1, 2, 5, 8), (2, 3, 7, 4): yield tuple(torch.randn(3, *shape, generator=make))
+    yield tuple(torch.randn(3, 2, 2, 6, 16, generator=make, dtype=torch.float64))
+
+def attend_big(rng: random.Random) -> tuple:
+    "A large input for attend"
+    import torch
+    return tuple(torch.randn(3, 4, 8, 512, 32))
+
+# %% ../nbs/23_lesson.ipynb #d0d73e1d
+_simple = 'lesson.simple_attend'
+exercise('attention.attend', attend_cases, big=attend_big, gradients=True,
+    mutants=(
+        Mutant('no scale', ' / D**0.5', '', 'The scores are not divided by √D. In a wide head they are then so large that the softmax picks one key and ignores the rest.', of=_simple),
+        Mutant('scale by width', 'D**0.5', 'D', 'You divide by D. Divide by its square root: that is how much the size of a dot product grows.', of=_simple),
+        Mutant('no mask', ".masked_fill(~past, float('-inf'))", '', 'Every token sees the tokens after it, the answer included. Hide them before the softmax.', of=_simple),
+        Mutant('mask after the softmax', "scores.masked_fill(~past, float('-inf')).softmax(-1)", 'scores.softmax(-1) * past',
+               'Your mask comes after the softmax: the future has already taken its share, and the rows no longer sum to 1. Set the scores to -inf first.', of=_simple),
+        Mutant('mask with zero', "float('-inf')", '0.0', 'You hide a key by the score 0. But e⁰ is 1, so it keeps a weight. The score has to be minus infinity.', of=_simple),
+        Mutant('not itself', 'tril()', 'tril(-1)', 'A token does not see itself, so the first row has nothing to look at and becomes NaN. Keep the diagonal.', of=_simple),
+        Mutant('one ahead', 'tril()', 'tril(1)', 'Each token sees one token too many: the next one, which it is meant to guess. Move your mask by one.', of=_simple),
+        Mutant('softmax over queries', 'softmax(-1)', 'softmax(-2)', 'The softmax runs over the queries. Each ROW, the scores of one query, has to sum to 1: use the last dimension.', of=_simple),
+        Mutant('roles exchanged', 'q @ k.transpose(-2, -1)', 'k @ q.transpose(-2, -1)', 'Queries and keys have changed places: row t holds the scores of key t. Write q @ k transposed.', of=_simple)),
+    habits=(
+        Habit('weights', lambda got, want, args: hasattr(got, 'shape') and tuple(got.shape) == (*want.shape[:3], want.shape[2]) != tuple(want.shape),
+              'You return the weights, (B, H, T, T). Use them: the result is weights @ v.'),
+        Habit('flat', lambda got, want, args: hasattr(got, 'shape') and got.ndim < want.ndim and got.numel() == want.numel(),
+              'The numbers may be right, but dimensions are missing: the result has the shape of q, (B, H, T, D).')))
+
+# %% ../nbs/23_lesson.ipynb #e16c6793
+def rotary_tables_cases(rng: random.Random) -> Iterator[tuple]:
+    "Inputs for rotary_tables: how many positions, and the width of a head"
+    yield from [(1, 2), (4, 2), (3, 4), (5, 8), (16, 6), (rng.randint(20, 60), 32)]
+
+exercise('attention.rotary_tables', rotary_tables_cases, tolerance=1e-4,
+    mutants=(
+        Mutant('faster and faster', '(-torch.arange(0', '(torch.arange(0', 'Your hands get faster and faster. Each should be slower than the one before: mind the minus sign in the exponent.'),
+        Mutant('a hand for each channel', 'head_dim, 2, dtype', 'head_dim, 1, dtype', 'You have D hands. Two channels make one hand, so there are D/2 of them: i runs over 0, 2, 4 …'),
+        Mutant('not divided', ' / head_dim)', ')', 'The exponent is not divided by D, so the second hand already stands nearly still.'),
+        Mutant('half the width', ' / head_dim)', ' / (head_dim / 2))', 'The exponent grows twice as fast as it should: with i = 0, 2, 4 … it is -i/D, not -2i/D.'),
+        Mutant('starts at one', 'torch.outer(torch.arange', 'torch.outer(1 + torch.arange', 'Your first position is 1. It is 0, where no hand has turned yet: cosine 1, sine 0.'),
+        Mutant('sine first', 'angles.cos(), angles.sin()', 'angles.sin(), angles.cos()', 'Cosine and sine come back in the wrong order.')),
+    habits=(
+        Habit('angles', lambda got, want, args: hasattr(got, 'shape'), 'One tensor came back. Return two: the cosine of the angles, and their sine.'),
+        Habit('float64', lambda got, want, args: any('float64' in str(getattr(g, 'dtype', '')) for g in got),
+              'Your tables are float64. The model computes in float32: make the numbers with dtype=torch.float32.')))
+
+# %% ../nbs/23_lesson.ipynb #0be05f85
+def apply_rotary_cases(rng: random.Random) -> Iterator[tuple]:
+    "Inputs for apply_rotary: x (B, T, H, D), and the tables (T, D/2) or (B, T, D/2)"
+    import torch
+    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    tables = library('attention.rotary_tables')
+    yield torch.tensor([1., 0.]).expand(1, 3, 1, 2), *tables(3, 2)
+    for B, T, H, D in (1, 1, 1, 4), (1, 3, 1, 4), (1, 4, 2, 8), (2, 3, 3, 6): yield torch.randn(B, T, H, D, generator=make), *tables(T, D)
+    cos, sin = tables(20, 8)
+    where = torch.tensor([[3, 4, 5], [9, 10, 11]])   # the rows stand at different places of their texts
+    yield torch.randn(2, 3, 2, 8, generator=make, dtype=torch.float64), cos[where].double(), sin[where].double()
+
+def rotary_neighbours(x, cos, sin):
+    "RoPE of other models, whose pairs are channels 2i and 2i + 1. Here for its diagnosis"
+    import torch
+    x1, x2, cos, sin = x[..., 0::2], x[..., 1::2], cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack([x1*cos + x2*sin, x2*cos - x1*sin], dim=-1).flatten(-2)
+
+# %% ../nbs/23_lesson.ipynb #969a110d
+_turned = '[x1*cos + x2*sin, x2*cos - x1*sin]'
+exercise('attention.apply_rotary', apply_rotary_cases, gradients=True,
+    mutants=(
+        Mutant('no minus', 'x2*cos - x1*sin', 'x2*cos + x1*sin', 'One of the two signs must be a minus. With two plus signs the vectors are squeezed instead of turned: their length changes.'),
+        Mutant('turns back', _turned, '[x1*cos - x2*sin, x2*cos + x1*sin]',
+               'You turn counter-clockwise. That would train as well, but the library (and every model trained with it) turns clockwise: x1·cos + x2·sin, x2·cos - x1·sin.'),
+        Mutant('one half only', _turned, '[x1*cos + x2*sin, x2]', 'Only the first half is turned. A pair has two coordinates, and both change.'),
+        Mutant('halves exchanged', _turned, '[x2*cos - x1*sin, x1*cos + x2*sin]', 'The two halves came back in the wrong order.'),
+        Mutant('neighbours in, halves out', 'x.chunk(2, dim=-1)', 'x[..., 0::2], x[..., 1::2]', 'You take neighbours as pairs, and put halves together again. Channel i is paired with channel i + D/2.'),
+        Mutant('over heads', 'cos.unsqueeze(-2), sin.unsqueeze(-2)', 'cos, sin',
+               'The tables are lined up with the heads instead of the positions. x is (B, T, H, D): the tables need a 1 where the heads are, (T, 1, D/2).')),
+    habits=(
+        Habit('neighbours', lambda got, want, args: not difference(got, rotary_neighbours(*args)),
+              'You pair channel 2i with 2i + 1, as some other models do. This library pairs i with i + D/2: cut each head in two halves.'),))
+
+# %% ../nbs/23_lesson.ipynb #8bb952f2
+def norm_cases(rng: random.Random) -> Iterator[tuple]:
+    "Inputs for norm"
+    import torch
+    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    yield torch.tensor([3., 4.]),
+    yield torch.zeros(2, 3),
+    for shape in (2, 4), (3, 2, 8), (2, 5, 3, 6): yield 1 + 3 * torch.randn(*shape, generator=make),
+    yield torch.randn(4, 32, generator=make, dtype=torch.float64),
+
+_rms = 'F.rms_norm(x, (x.size(-1),), eps=1e-6)'
+exercise('attention.norm', norm_cases, tolerance=1e-4, gradients=True,
+    mutants=(
+        Mutant('length one', _rms, 'F.normalize(x, dim=-1)', 'Your vectors have length 1. The MEAN of their squares should be 1, so their length is √C: divide by the root of the mean, not of the sum.'),
+        Mutant('subtracts the mean', _rms, 'F.layer_norm(x, (x.size(-1),), eps=1e-6)', 'You subtract the mean first. That is LayerNorm; RMSNorm only divides.'),
+        Mutant('all at once', '(x.size(-1),)', 'x.shape', 'One size was computed for the whole tensor. Each vector (the last dimension) has its own.'),
+        Mutant('no root', _rms, 'x / (x.pow(2).mean(-1, keepdim=True) + 1e-6)', 'You divide by the mean of the squares. Take its root.'),
+        Mutant('nothing under zero', _rms, 'x / x.pow(2).mean(-1, keepdim=True).sqrt()', 'A vector of zeros becomes NaN: 0 divided by 0. Add a very small number, 1e-6, under the root.')))
+
 # %% ../nbs/23_lesson.ipynb #bc33c965
 def audit(name: str, # an exercise
 ) -> dict: # mutant's name -> the verdict on it
@@ -588,16 +744,20 @@ def frame_html(frame: Frame, step: int) -> str:
             f'({total / max(len(frame.pieces), 1):.2f} bytes a token)</p>{chips(frame.pieces)}'
             f'<table style="border-collapse:collapse;margin:.4em 0;font-size:90%">{rows}</table>')
 
-# %% ../nbs/23_lesson.ipynb #00e0d54d
-def stepper_html(frames: list[Frame], key: str) -> str: # key: a name that no other stepper on the page has
-    "All frames, and radio buttons that show one at a time by CSS alone"
-    shown = ','.join(f'.{key}>input:nth-of-type({i}):checked~div:nth-of-type({i})' for i in range(1, len(frames) + 1))
+# %% ../nbs/23_lesson.ipynb #d06f6a15
+def pages_html(pages: list[str], # HTML of each
+    labels: list[str], # what each dot says
+    hint: str, # what a dot stands for
+) -> str:
+    "A row of radio buttons that show one page at a time, by CSS alone"
+    key = 'p' + hashlib.sha256(''.join([*pages, hint]).encode()).hexdigest()[:10]   # a name that no other widget on the page has
+    shown = ','.join(f'.{key}>input:nth-of-type({i}):checked~div:nth-of-type({i})' for i in range(1, len(pages) + 1))
     style = f'<style>.{key}>div{{display:none}}{shown}{{display:block!important}}</style>'
-    dots = ''.join(f'<input type="radio" name="{key}" aria-label="after {i} merges" title="after {i} merges"{" checked" * (i == 0)}>' for i in range(len(frames)))
-    body = ''.join(f'<div>{frame_html(frame, i)}</div>' for i, frame in enumerate(frames))
-    return f'<div class="{key}">{style}{dots} <small>click a dot, then use the arrow keys: one dot, one merge</small>{body}</div>'
+    dots = ''.join(f'<input type="radio" name="{key}" aria-label="{html.escape(label)}" title="{html.escape(label)}"{" checked" * (i == 0)}>' for i, label in enumerate(labels))
+    body = ''.join(f'<div>{page}</div>' for page in pages)
+    return f'<div class="{key}">{style}{dots} <small>click a dot, then use the arrow keys: {html.escape(hint)}</small>{body}</div>'
 
-# %% ../nbs/23_lesson.ipynb #97855ff4
+# %% ../nbs/23_lesson.ipynb #2bbf078d
 class MergeStepper(Twin):
     "Byte-pair encoding of a short text, one merge at a time"
     def __init__(self, text: str, # short: every step shows all of it
@@ -607,7 +767,8 @@ class MergeStepper(Twin):
         merges = [f'{printable(f.next[0])}+{printable(f.next[1])}' for f in self.frames if f.next]
         return f'{len(self.frames[0].pieces)} bytes → {len(self.frames[-1].pieces)} tokens in {len(merges)} merges: ' + ', '.join(merges)
     def static(self) -> str:
-        return stepper_html(self.frames, 'bpe' + hashlib.sha256(f'{self.text}{self.num_merges}'.encode()).hexdigest()[:8])
+        pages = [frame_html(frame, i) for i, frame in enumerate(self.frames)]
+        return pages_html(pages, [f'after {i} merges' for i in range(len(pages))], 'one dot, one merge')
     def live(self):
         import ipywidgets as w
         text = w.Text(self.text, description='text', continuous_update=False, layout=w.Layout(width='95%'))
@@ -647,6 +808,151 @@ class TokenStrip(Twin):
 def single_bytes(text: str) -> list[bytes]:
     "A text cut into its bytes"
     return [bytes([b]) for b in text.encode()]
+
+# %% ../nbs/23_lesson.ipynb #4354c341
+def rope_score(distance: float, # tokens between query and key
+    head_dim: int, base: float,
+) -> float: # 1 at distance 0
+    "Score of two equal vectors that are `distance` apart: the mean of the cosines of all hands"
+    return sum(math.cos(distance * base ** (-i / head_dim)) for i in range(0, head_dim, 2)) / (head_dim // 2)
+
+def dial_html(query: int, key: int, # positions
+    head_dim: int, base: float,
+) -> str:
+    "The hands of a query and a key, and the score that they have at their distance"
+    parts, hands = [], range(head_dim // 2)
+    for hand in hands:
+        speed, x = base ** (-2 * hand / head_dim), 50 + 100 * hand
+        parts.append(f'<circle cx="{x}" cy="46" r="40" fill="none" stroke="#90a4ae"/><text x="{x}" y="102" text-anchor="middle">{math.degrees(speed):.3g}° a token</text>')
+        for position, colour, width in (key, '#1565c0', 5), (query, '#e65100', 2):
+            tip = f'x2="{x + 38 * math.sin(position * speed):.1f}" y2="{46 - 38 * math.cos(position * speed):.1f}"'   # clockwise from the top
+            parts.append(f'<line x1="{x}" y1="46" {tip} stroke="{colour}" stroke-width="{width}"/>')
+    left, reach, height = 100 * len(hands) + 30, 40, lambda score: 46 - 38 * score
+    curve = ' '.join(f'{left + 5 * d},{height(rope_score(d, head_dim, base)):.1f}' for d in range(reach + 1))
+    here = left + 5 * min(abs(query - key), reach)
+    score = rope_score(query - key, head_dim, base)
+    parts.append(f'<line x1="{left}" x2="{left + 200}" y1="46" y2="46" stroke="#90a4ae"/><polyline points="{curve}" fill="none" stroke="#888"/>'
+                 f'<circle cx="{here}" cy="{height(score):.1f}" r="5" fill="#2e7d32"/><text x="{left + 100}" y="102" text-anchor="middle">score, 0 to {reach} tokens apart</text>')
+    words = f'<b style="color:#e65100">query</b> at {query}, <b style="color:#1565c0">key</b> at {key}: {query - key} apart, score {score:.3f}'
+    return f'<p style="margin:.3em 0">{words}</p><svg width="{left + 210}" height="108" font-size="11" fill="currentColor" role="img" aria-label="RoPE dial">{"".join(parts)}</svg>'
+
+# %% ../nbs/23_lesson.ipynb #65200aac
+class RopeDial(Twin):
+    "The clock hands of rotary embeddings, for a query and a key at any two positions"
+    def __init__(self, head_dim: int = 8, # D, even
+        base: float = 10000.0,
+        steps: int = 8): # dots for each of the two walks of the static page
+        self.head_dim, self.base = head_dim, base
+        self.pairs = [(p, 0) for p in range(steps)] + [(p + 3, p) for p in range(1, steps + 1)]
+    def page(self, query: int, key: int) -> str: return dial_html(query, key, self.head_dim, self.base)
+    def __repr__(self) -> str:
+        return 'RoPE dial: ' + ', '.join(f'query {q} key {k} score {rope_score(q - k, self.head_dim, self.base):.2f}' for q, k in self.pairs)
+    def static(self) -> str:
+        hint = 'first the query walks away from the key, then both walk on together'
+        return pages_html([self.page(*pair) for pair in self.pairs], [f'query at {q}, key at {k}' for q, k in self.pairs], hint)
+    def live(self):
+        import ipywidgets as w
+        query, key = (w.IntSlider(0, 0, 100, description=name) for name in ('query at', 'key at'))
+        view = w.HTML(self.page(0, 0))
+        def draw(change): view.value = self.page(query.value, key.value)
+        query.observe(draw, 'value')
+        key.observe(draw, 'value')
+        return w.VBox([query, key, view])
+
+# %% ../nbs/23_lesson.ipynb #e3f208b6
+def grid_weights(scores, # (T, T) tensor of dot products of queries and keys
+    head_dim: int, mask: str = 'causal', scaled: bool = True,
+): # (T, T), each row sums to 1
+    "The weights that a mask ('none', 'causal', or 'window 4') makes of raw scores"
+    ones = scores.new_ones(scores.shape) > 0
+    if mask != 'none': ones = ones.tril()
+    if mask.startswith('window'): ones = ones & ones.triu(1 - int(mask.split()[1]))
+    return (scores / head_dim**(0.5 if scaled else 0)).masked_fill(~ones, -math.inf).softmax(-1)
+
+def grid_html(pieces: list[str], # the tokens
+    weights, # (T, T) tensor
+    title: str, row: int | None = None, # a query to mark
+) -> str:
+    "Attention weights as a grid, with the tokens beside it"
+    size, left, top = 22, 80, 76
+    names = [html.escape(printable(piece.encode())) for piece in pieces]
+    parts = [f'<text x="{left - 6}" y="{top + size * t + 15}" text-anchor="end">{name}</text>'
+             f'<text transform="translate({left + size * t + 15},{top - 6}) rotate(-60)">{name}</text>' for t, name in enumerate(names)]
+    for t, line in enumerate(weights.tolist()):
+        for s, weight in enumerate(line):
+            if weight >= .005: parts.append(f'<rect x="{left + size * s}" y="{top + size * t}" width="{size}" height="{size}" fill="#1565c0" fill-opacity="{weight:.2f}"><title>{names[t]} looks at {names[s]}: {weight:.0%}</title></rect>')
+    span = size * len(names)
+    frame = f'<rect x="{left}" y="{top}" width="{span}" height="{span}" fill="none" stroke="#90a4ae"/>'
+    if row is not None: frame += f'<rect x="{left}" y="{top + size * row}" width="{span}" height="{size}" fill="none" stroke="#e65100" stroke-width="2"/>'
+    return (f'<p style="margin:.3em 0"><b>{html.escape(title)}</b></p><svg width="{left + span + 60}" height="{top + span + 4}" font-size="12" fill="currentColor" '
+            f'role="img" aria-label="{html.escape(title)}">{"".join(parts)}{frame}</svg>')
+
+# %% ../nbs/23_lesson.ipynb #a7cab660
+class AttentionGrid(Twin):
+    "Who looks at whom, under a mask and a scale of your choice"
+    def __init__(self, pieces: list[str], # the tokens
+        scores, # (H, T, T) tensor: dot products of queries and keys, before the scale
+        head_dim: int): # D
+        self.pieces, self.scores, self.head_dim = pieces, scores, head_dim
+        self.pages = [(0, 'none', True), (0, 'causal', True), (0, 'window 4', True), (0, 'causal', False)] + [(h, 'causal', True) for h in range(1, len(scores))]
+    def title(self, head: int, mask: str, scaled: bool) -> str: return f'head {head + 1} · mask: {mask} · ' + ('divided by √D' if scaled else 'not divided by √D')
+    def page(self, head: int, mask: str, scaled: bool, row: int | None = None) -> str:
+        return grid_html(self.pieces, grid_weights(self.scores[head], self.head_dim, mask, scaled), self.title(head, mask, scaled), row)
+    def __repr__(self) -> str: return f'attention grid of {len(self.pieces)} tokens: ' + '; '.join(self.title(*page) for page in self.pages)
+    def static(self) -> str:
+        return pages_html([self.page(*page) for page in self.pages], [self.title(*page) for page in self.pages], 'other masks, no scale, the other heads')
+    def live(self):
+        import ipywidgets as w
+        head, mask = w.IntSlider(1, 1, len(self.scores), description='head'), w.Dropdown(options=['causal', 'none', 'window 4', 'window 2'], description='mask')
+        scaled, row = w.Checkbox(True, description='divide by √D'), w.IntSlider(0, 0, len(self.pieces) - 1, description='query')
+        view, words = w.HTML(), w.Label()
+        def draw(change):
+            weights = grid_weights(self.scores[head.value - 1], self.head_dim, mask.value, scaled.value)[row.value]
+            best = weights.argsort(descending=True)[:3].tolist()
+            words.value = f'{self.pieces[row.value]!r} looks at ' + ', '.join(f'{self.pieces[s]!r} {weights[s]:.0%}' for s in best)
+            view.value = self.page(head.value - 1, mask.value, scaled.value, row.value)
+        for control in (head, mask, scaled, row): control.observe(draw, 'value')
+        draw(None)
+        return w.VBox([w.HBox([head, mask]), w.HBox([scaled, row]), words, view])
+
+# %% ../nbs/23_lesson.ipynb #b46e9030
+def train_little(ids: list[int], # the text, in tokens
+    vocab_size: int,
+    steps: int = 150,
+    seed: int = 0, # of the first weights and of the pieces of text
+    length: int = 64, # T, tokens of a row
+    rows: int = 16, # B
+    device: str = 'cpu',
+    **sizes, # other fields of GPTConfig
+) -> tuple: # the model, on the CPU, and the loss before each step, in nats a token
+    "Train the lessons' little model"
+    import torch
+    from nanochat.gpt import GPT, GPTConfig
+    torch.manual_seed(seed)
+    sizes = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=64) | sizes
+    model = GPT(GPTConfig(sequence_len=length, vocab_size=vocab_size, **sizes)).to(device)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0), []
+    text, draw = torch.tensor(ids), torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        starts = torch.randint(len(text) - length, (rows, 1), generator=draw)
+        batch = text[starts + torch.arange(length + 1)].to(device)
+        loss = model(batch[:, :-1], batch[:, 1:])   # each token is to be guessed from those before it
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model.cpu(), losses
+
+def watch_attention(model, ids: list[int]) -> tuple: # raw scores and weights, (L, H, T, T) each
+    "What every head of every layer does while the model reads `ids`: seen through a `swap` of attend"
+    import torch
+    scores, weights, attend = [], [], locate('attention.attend')[0].attend
+    def watched(q, k, v, *rest):
+        scores.append((q @ k.transpose(-2, -1))[0])
+        weights.append(attend(q, k, torch.eye(k.size(2)).expand(*k.shape[:3], -1), *rest)[0])   # values that are a unit matrix give the weights themselves
+        return attend(q, k, v, *rest)
+    with swap('attention.attend', watched), torch.no_grad(): model(torch.tensor([ids]))
+    return torch.stack(scores), torch.stack(weights)
 
 # %% ../nbs/23_lesson.ipynb #5a3e5171
 _revealed = {}   # name -> the answer, for what this session has shown
@@ -727,12 +1033,13 @@ def calibration():
     plt.close(figure)   # returned, and so displayed once
     return figure
 
-# %% ../nbs/23_lesson.ipynb #c2eb4036
+# %% ../nbs/23_lesson.ipynb #b9099c4d
 class Zoo(Twin):
     "Mutants of the library, of which only the symptoms are shown"
     def __init__(self, probe: Callable, # () -> dict of what to look at; runs the library
-        specimens: list[str]): # such as 'tokenizer.merge/overlap'
-        self.cages = []
+        specimens: list[str], # such as 'tokenizer.merge/overlap'
+        limit: float = 10): # seconds for one visit
+        self.cages, self.limit = [], limit
         for specimen in specimens:
             name, _, label = specimen.partition('/')
             self.cages.append((name, next(m for m in exercises[name].mutants if m.name == label)))
@@ -741,7 +1048,7 @@ class Zoo(Twin):
         order = sorted(range(len(self.cages)), key=lambda i: hashlib.sha256(self.cages[i][1].diagnosis.encode()).digest())   # shuffled, the same way every time
         self.letters = {i: 'ABCDEFGH'[place] for place, i in enumerate(order)}
     def _visit(self, probe: Callable, name: str, mutant: Mutant) -> dict:
-        with swap(name, mutated(name, mutant)): result = attempt(probe, (), limit=10)
+        with swap(name, mutated(name, mutant)): result = attempt(probe, (), limit=self.limit)
         if result.kind == 'value': return result.value
         return dict.fromkeys(self.healthy, '–') | {next(iter(self.healthy)): f'{type(result.value).__name__}: {result.value}'}
     def guess(self, cage: int, # 1, 2, 3 …
@@ -755,12 +1062,40 @@ class Zoo(Twin):
         if right: return Verdict(f'cage {cage}', 'passed', f'{name}: {mutant.diagnosis}')
         return Verdict(f'cage {cage}', 'wrong', 'Another bug makes these symptoms. Which number would yours change first?')
 
-# %% ../nbs/23_lesson.ipynb #1b0d3f17
+# %% ../nbs/23_lesson.ipynb #b1f2c07d
+@dataclass
+class Picture:
+    "A small drawing that can stand in a table"
+    svg: str
+    words: str   # the same for those who cannot see it
+    def __repr__(self) -> str: return self.words
+    def _repr_html_(self) -> str: return self.svg
+
+def curve_picture(values: list[float], # one a step
+    top: float, # of the scale; the bottom is 0
+) -> Picture:
+    "A curve from left to right"
+    height = lambda value: 60 * (1 - min(max(value, 0), top) / top)
+    points = ' '.join(f'{1 + 118 * i / max(len(values) - 1, 1):.1f},{1 + height(value):.1f}' for i, value in enumerate(values) if math.isfinite(value))
+    svg = (f'<svg width="120" height="62" role="img" aria-label="a curve"><rect width="120" height="62" fill="none" stroke="#90a4ae"/>'
+           f'<polyline points="{points}" fill="none" stroke="#e65100" stroke-width="2"/></svg>')
+    return Picture(svg, f'{values[0]:.2f} → {values[-1]:.2f}')
+
+def map_picture(weights) -> Picture: # weights: (T, T) tensor of numbers from 0 to 1
+    "A map of attention weights: a row for each query, a column for each key, darker for more"
+    rows = weights.tolist()
+    size = 110 / len(rows)
+    cells = ''.join(f'<rect x="{s * size:.1f}" y="{t * size:.1f}" width="{size:.1f}" height="{size:.1f}" fill-opacity="{w:.1f}"/>'
+                    for t, row in enumerate(rows) for s, w in enumerate(row) if w >= .05)
+    svg = f'<svg width="112" height="112" role="img" aria-label="a map"><rect width="111" height="111" fill="none" stroke="#90a4ae"/><g fill="#1565c0">{cells}</g></svg>'
+    return Picture(svg, f'{len(rows)} × {len(rows[0])} weights, the first {rows[0][0]:.2f}')
+
+# %% ../nbs/23_lesson.ipynb #8a3f742a
 def _zoo_table(self: Zoo) -> str:
     "The symptoms, one row a cage, and the possible causes"
     def cell(value, kind='td', style=''):
-        text = value if isinstance(value, str) else short(value, 60)
-        return f'<{kind} style="text-align:left;padding:0 .8em;{style}">{html.escape(text)}</{kind}>'
+        text = value.svg if isinstance(value, Picture) else html.escape(value if isinstance(value, str) else short(value, 60))
+        return f'<{kind} style="text-align:left;padding:0 .8em;{style}">{text}</{kind}>'
     rows = [('', {name: name for name in self.healthy}, 'th'), ('healthy', self.healthy, 'td')] + [(f'cage {i}', s, 'td') for i, s in enumerate(self.symptoms, 1)]
     table = ''
     for label, values, kind in rows:
