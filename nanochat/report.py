@@ -209,7 +209,8 @@ def sparkline(
 
 # %% ../nbs/19_report.ipynb #feaca38d
 CURVES = {'loss': 'training loss (nats a token)', 'val_bpb': 'validation bits per byte', 'val_loss': 'validation loss (nats a token)',
-          'reward': 'mean reward', 'informative': 'share of groups that teach', 'length': 'tokens of a try', 'solved': 'problems solved', 'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
+          'reward': 'mean reward', 'informative': 'share of groups that teach', 'length': 'tokens of a try', 'solved': 'problems solved', 'entropy': 'surprise of a chosen token (nats)', 'kl': 'distance from the first weights (nats a token)',
+          'clipped': 'share of tokens clipped', 'replaced': 'problems replaced', 'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
 
 def curves(
     metrics: list[dict],      # of one stage
