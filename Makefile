@@ -53,6 +53,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/tokenizer.py $(if $(TEXT),--text $(TEXT) --megabytes 50)
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/training.py --rounds 1
 
 # Before a commit: export the modules, clean the notebooks, write README.md
 prepare: setup
