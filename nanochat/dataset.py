@@ -447,7 +447,7 @@ def own_shards(corpus: Corpus, files: list[Path], column: str = '') -> Path:  # 
     size = sum(path.stat().st_size for path in files)
     about = json.dumps([column, *[[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]])
     name = f'{Path(corpus.repo).name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}'
-    val = files[-1:] if len(files) > 1 and split_of(files[-1].relative_to(Path(corpus.repo))) == 'val' else []
+    val = files[-1:] if len(files) > 1 and split_of(PurePosixPath(shard_names(files)[-1])) == 'val' else []
     def documents(files): return (text for path in files for text in file_documents(path, column))
     return made_once(home()/'data'/'own'/name, lambda part: write_shards(part, documents(files[:len(files) - len(val)]), max(20, size//1_000_000), documents(val)))
 

@@ -306,6 +306,14 @@ def test_a_file_named_val_is_the_validation_part_and_nothing_of_it_is_trained_on
     assert set(parquet_documents(corpus_files(run, 'val'))) == {text(1000 + i) for i in range(30)}
     assert set(parquet_documents(corpus_files(run))) == {text(i) for i in range(300)}
 
+def test_json_lines_of_a_repository_keep_their_validation_file(root):
+    folder = root/'someone/lines/da'
+    for split, start in (('train', 0), ('val', 500), ('test', 900)):
+        (folder/split).mkdir(parents=True)
+        jsonl(folder/split/'0.jsonl', [text(start + i) for i in range(20)])
+    _, run = open_stage('lines', data=str(root), corpus='someone/lines/da')
+    assert set(parquet_documents(corpus_files(run))) == {text(i) for i in range(20)} and set(parquet_documents(corpus_files(run, 'val'))) == {text(500 + i) for i in range(20)}
+
 def test_splits_are_known_by_their_folders_and_titles_are_no_splits():
     def chosen(*names): return [str(path) for path in dataset.choose_files(list(map(PurePosixPath, names)))]
     assert chosen('da/test/0.parquet', 'da/train/0.parquet', 'da/train/1.parquet') == ['da/train/0.parquet', 'da/train/1.parquet']
