@@ -1,6 +1,6 @@
 """Kill a training run of two processes again and again, at random moments, and compare its last weights with those of a run that nobody disturbed.
 
-python benchmarks/kills.py [--kills 20] [--steps 400] [--record FILE.json]
+python benchmarks/kills.py [--kills 20] [--steps 2000] [--life 22] [--record FILE.json]
 """
 import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -52,7 +52,8 @@ def killed_run(home: Path, options: list[str], kills: int, rng: random.Random, s
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--life", type=float, default=22.0, help="seconds after which it is killed at the latest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", help="write what happened to this JSON file")
     args = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     start = time.time()
     if stage(homes[0], "pretrain", *options, nproc=2).wait(): raise SystemExit("the undisturbed run failed")
     seconds = time.time() - start
-    steps = killed_run(homes[1], options, args.kills, random.Random(args.seed), min(seconds, 40.0))
+    steps = killed_run(homes[1], options, args.kills, random.Random(args.seed), args.life)
     straight, killed = (load_file(home / f"runs/run/base/step_{args.steps:08d}/model.safetensors") for home in homes)
     equal = all(torch.equal(straight[name], killed[name]) for name in straight)
     print(f"{len(steps)} kills, {args.steps} steps, {seconds:.0f} s undisturbed: the weights are {'equal to the bit' if equal else 'DIFFERENT'}")
