@@ -200,14 +200,14 @@ def fit_memory(
         if self.compute.device.type == "cuda": torch.cuda.empty_cache()
         print(f"{self.stage}: out of memory; from now on {-(-rows // self.pieces)} rows at a time, and the same steps", flush=True)
 
-# %% ../nbs/09_train.ipynb #0ff6cbe3
+# %% ../nbs/09_train.ipynb #0b001202
 @patch
-def train_step(
+def learn(
     self: Trainer,
+    batches: list[Batch], # the micro-batches of a step
     scale: float, # what the learning rates are multiplied by
 ) -> float: # loss
-    "One optimizer step; raises StopIteration when the loader is through, NanochatError for a loss that is not a number"
-    batches = [self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)]
+    "One optimizer step on these micro-batches; raises `NanochatError` for a loss that is not a number"
     loss = self.fit_memory(batches, count_supervised(batches, self.compute))
     mine = float(loss)
     value = float(self.compute.all_reduce(loss))
@@ -215,9 +215,18 @@ def train_step(
     set_rates(self.optimizers, self.schedule, scale, self.step, self.progress)
     step_together(self.optimizers)
     for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
-    self.step += 1
     self.tokens += sum(b.inputs.numel() for b in batches) * self.compute.world_size
     return value
+
+@patch
+def train_step(
+    self: Trainer,
+    scale: float, # what the learning rates are multiplied by
+) -> float: # loss
+    "One step of the loop; raises StopIteration when the loader is through"
+    loss = self.learn([self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)], scale)
+    self.step += 1
+    return loss
 
 # %% ../nbs/09_train.ipynb #62d18384
 @patch
