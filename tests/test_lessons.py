@@ -310,13 +310,15 @@ def test_every_twin_is_covered_by_the_test_above():
 
 def test_merge_stepper_slider_and_static_frames_show_the_same():
     stepper = lesson_tokens.MergeStepper('the cat sat on the mat', 5)
-    _, bar, view = stepper.live().children
+    text, bar, view = stepper.live().children
     for step in range(len(stepper.frames)):
         bar.children[1].value = step
         assert view.value in stepper.static()
         assert b''.join(stepper.frames[step].pieces).decode() == 'the cat sat on the mat'
     sizes = [len(frame.pieces) for frame in stepper.frames]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    text.value = 'aaaa'   # it has one merge, and the slider stands at more
+    assert 'After 1 merge<' in view.value
 
 
 @pytest.mark.parametrize('text', ['', 'a', ' ', '안녕', '<b>&"', 'aaaa'])
