@@ -6,7 +6,7 @@
 __all__ = ['PEAK_FLOPS', 'count_supervised', 'accumulation_steps', 'horizon', 'peak_flops', 'memory_gb', 'compiled', 'Trainer',
            'cut_batch']
 
-# %% ../nbs/09_train.ipynb #7dd8aa2a
+# %% ../nbs/09_train.ipynb #613a4a93
 import math, shutil, time
 
 import torch
@@ -143,7 +143,7 @@ def resume(self: Trainer) -> bool:
     print0(f"{self.stage}: continues from step {self.step}")
     return True
 
-# %% ../nbs/09_train.ipynb #08bee2f9
+# %% ../nbs/09_train.ipynb #51f31ef6
 @patch(as_prop=True)
 def progress(self: Trainer) -> float: # 0 to 1
     "How far the stage has come"
@@ -157,6 +157,7 @@ def multiplier(self: Trainer) -> float:
     if self.minutes: return self.schedule(self.step, 10_000)  # the first steps, before the number is chosen
     return self.schedule(round(self.progress * 10_000), 10_000)
 
+# %% ../nbs/09_train.ipynb #9125c27c
 def cut_batch(
     batch: Batch,
     pieces: int, # at most so many
@@ -165,6 +166,7 @@ def cut_batch(
     parts = [None if part is None else part.chunk(pieces) for part in batch]
     return [Batch(*(part and part[i] for part in parts)) for i in range(len(parts[0]))]
 
+# %% ../nbs/09_train.ipynb #d0e7bef4
 @patch
 def add_gradients(
     self: Trainer,
@@ -198,7 +200,7 @@ def fit_memory(
         if self.compute.device.type == "cuda": torch.cuda.empty_cache()
         print(f"{self.stage}: out of memory; from now on {-(-rows // self.pieces)} rows at a time, and the same steps", flush=True)
 
-# %% ../nbs/09_train.ipynb #fac74ced
+# %% ../nbs/09_train.ipynb #0ff6cbe3
 @patch
 def train_step(
     self: Trainer,
