@@ -19,7 +19,7 @@ def links(path): return [target for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*
 def commands(path): # as lists of words
     "The lines of a page's bash blocks"
     blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
-    return [words for block in blocks for line in block.splitlines() if (words := shlex.split(line, comments=True))]
+    return [words for block in blocks for line in block.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
 
 
 def named(node): # every page in a part of _quarto.yml
