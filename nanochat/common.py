@@ -503,7 +503,7 @@ def module_command(
     if nodes == "1": where = ["--standalone"]
     else:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not os.environ.get(name)]
-        if missing: raise NanochatError(f"NNODES={nodes}, but {missing[0]} is not set; set it on every node, see the README")
+        if missing: raise NanochatError(f"NNODES={nodes}, but {missing[0]} is not set; set it on every node, see howto/several_nodes.md")
         where = [f"--nnodes={nodes}", f"--node-rank={os.environ['NODE_RANK']}", f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ.get('MASTER_PORT', '29500')}"]
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
 
