@@ -25,7 +25,7 @@ from .gpt import GPT
 from .tokenizer import Tokenizer
 from .tools import calculator
 
-# %% ../nbs/14_engine.ipynb #f5ef4642
+# %% ../nbs/14_engine.ipynb #2498d0b3
 def scatter_bits(
     x: np.ndarray, # (…,) uint64
 ) -> np.ndarray: # (…,) uint64
@@ -34,6 +34,7 @@ def scatter_bits(
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+# %% ../nbs/14_engine.ipynb #f1c3641b
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15) # 2⁶⁴ / golden ratio: the step of the counter
 
 def sample_key(
@@ -44,6 +45,7 @@ def sample_key(
     for number in numbers: key = scatter_bits(key + _GOLDEN + np.uint64(number % 2**64))
     return int(key[0])
 
+# %% ../nbs/14_engine.ipynb #e50dccbd
 def uniform(
     keys: np.ndarray, # (B,) uint64
     steps: np.ndarray, # (B,) int64
@@ -105,7 +107,7 @@ def choose_tokens(
         tokens[here] = (some.argmax(-1) if kind == 0 else walk(some, dials[here], noise[here])).cpu()
     return tokens
 
-# %% ../nbs/14_engine.ipynb #4ee09066
+# %% ../nbs/14_engine.ipynb #986aaad9
 def penalise(
     logits: Tensor, # (B, V) float32
     seen: Tensor, # (B, V) bool, tokens in the text so far
@@ -115,6 +117,7 @@ def penalise(
     penalty = torch.as_tensor(penalty, dtype=logits.dtype, device=logits.device)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
+# %% ../nbs/14_engine.ipynb #b5c443e7
 def log_probabilities(
     logits: Tensor, # (B, V) float32
     tokens: np.ndarray, # (B,) the chosen ones

@@ -23,9 +23,10 @@ from .common import NanochatError, in_notebook
 from .engine import Engine, Row, Settings, TextStream
 from .tasks import tool_parts
 
-# %% ../nbs/21_serve.ipynb #6b24ae1c
+# %% ../nbs/21_serve.ipynb #68bfdfa1
 class Busy(NanochatError): "More answers are wanted than the server takes"
 
+# %% ../nbs/21_serve.ipynb #51af3927
 class Record(NamedTuple):
     "What is known of one token of an answer"
     start: int # characters of the answer before it
@@ -33,6 +34,7 @@ class Record(NamedTuple):
     logprob: float | None # nats; None: the first token of an echoed prompt
     likeliest: dict[int, float] | None
 
+# %% ../nbs/21_serve.ipynb #8b3552dc
 class Choice:
     "One answer of a request"
     def __init__(self, job: "Job", index: int, prompt: list[int], stream: TextStream):
@@ -51,7 +53,7 @@ class Choice:
         known, self.records = self.records[:n], self.records[n:]
         return text, known
 
-# %% ../nbs/21_serve.ipynb #ec22d801
+# %% ../nbs/21_serve.ipynb #42cf081a
 @patch
 def take(self: Choice, row: Row, token: int) -> tuple[str, list[Record]]: # text that is certain now, and its records
     "A token has come, to the engine's thread"
@@ -64,6 +66,7 @@ def take(self: Choice, row: Row, token: int) -> tuple[str, list[Record]]: # text
     text, more = self.pass_on(text, row.done and self.stream.stopped is None)
     return before + text, records + more
 
+# %% ../nbs/21_serve.ipynb #0aba2702
 @patch
 def echo(self: Choice, row: Row) -> tuple[str, list[Record]]:
     "The prompt, as the beginning of its answer"
@@ -132,7 +135,7 @@ class Service:
         at_work = min(taken, self.engine.max_batch)
         return at_work, taken - at_work
 
-# %% ../nbs/21_serve.ipynb #bf82ae8f
+# %% ../nbs/21_serve.ipynb #b208eb7d
 @patch
 def submit(self: Service,
     prompts: list[list[int]], # token ids
@@ -156,6 +159,7 @@ def submit(self: Service,
         self.wake.notify()
     return job
 
+# %% ../nbs/21_serve.ipynb #edb07bcd
 @patch
 def cancel(self: Service, job: Job) -> None:
     "Forget a request; nothing happens if it is done"
@@ -165,7 +169,7 @@ def cancel(self: Service, job: Job) -> None:
         self.open.discard(job); self.left.append(job)
         self.wake.notify()
 
-# %% ../nbs/21_serve.ipynb #69ebd295
+# %% ../nbs/21_serve.ipynb #1aa8412b
 @patch
 def work(self: Service) -> None:
     "The engine's thread: take in, drop, step, hand out"
@@ -184,13 +188,14 @@ def work(self: Service) -> None:
             traceback.print_exc()
             self.fail_all(f"the engine failed: {error}")
 
+# %% ../nbs/21_serve.ipynb #92b37bcf
 @patch
 def admit(self: Service, job: Job) -> None:
     "Give every answer its row"
     rows = [row for i, prompt in enumerate(job.prompts) for row in self.engine.submit(prompt, job.samples, index=i, **job.settings)]
     for row, choice in zip(rows, job.choices): choice.row, self.choices[row] = row, choice
 
-# %% ../nbs/21_serve.ipynb #0d131167
+# %% ../nbs/21_serve.ipynb #72c38967
 @patch
 def hand_out(self: Service, rows: list[Row], tokens: list[int]) -> None:
     "Give each token to the answer it belongs to; with the last one, free its place"
@@ -206,9 +211,11 @@ def hand_out(self: Service, rows: list[Row], tokens: list[int]) -> None:
         except RuntimeError: # its web server has shut down
             for job, _ in events: self.cancel(job)
 
+# %% ../nbs/21_serve.ipynb #08d30ba5
 def _put(events: list[tuple]) -> None:
     for job, event in events: job.queue.put_nowait(event)
 
+# %% ../nbs/21_serve.ipynb #fc76d1ce
 @patch
 def finish(self: Service, choice: Choice) -> None:
     "Count an answer that is done, and close its request with the last"
@@ -216,6 +223,7 @@ def finish(self: Service, choice: Choice) -> None:
         self.counts[choice.reason] += 1
         if not choice.job.places: self.open.discard(choice.job)
 
+# %% ../nbs/21_serve.ipynb #f12bdd3b
 @patch
 def fail_all(self: Service, message: str) -> None:
     "Tell every open request that there will be no answer, and empty the engine"
@@ -325,15 +333,17 @@ def completion_model():
             return super().settings() | dict(max_tokens=self.max_tokens, logprobs=self.logprobs, echo=self.echo)
     return CompletionRequest
 
-# %% ../nbs/21_serve.ipynb #74cdaa43
+# %% ../nbs/21_serve.ipynb #841d557a
 def api_messages(messages: list) -> list[dict]:
     "A request's messages as the tokenizer wants them; <<1+1=2>> in earlier answers becomes the tool call that it was"
     return [dict(role=m.role, content=tool_parts(m.content) if m.role == "assistant" else m.content) for m in messages]
 
+# %% ../nbs/21_serve.ipynb #cd7c431f
 def error_body(message: str, kind: str = "invalid_request_error", field: str | None = None) -> dict:
     "An error in OpenAI's form"
     return dict(error=dict(message=f"{field}: {message}" if field else message, type=kind, param=field, code=None))
 
+# %% ../nbs/21_serve.ipynb #8f7d1bb0
 def usage(job: Job) -> dict:
     "Token counts of a finished job"
     read, made = sum(map(len, job.prompts)), sum(len(choice.row.ids) for choice in job.choices)
@@ -350,7 +360,7 @@ def token_name(
     try: return raw.decode(), list(raw)
     except UnicodeDecodeError: return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
 
-# %% ../nbs/21_serve.ipynb #36694032
+# %% ../nbs/21_serve.ipynb #ceb3234d
 def chat_logprobs(choice: Choice, records: list[Record]) -> dict | None:
     "Log-probabilities as a chat answer lists them; the token that ended it is no content"
     def entry(token, logprob):
@@ -359,6 +369,7 @@ def chat_logprobs(choice: Choice, records: list[Record]) -> dict | None:
     said = [r for r in records if r.token not in choice.job.service.engine.stops]
     return dict(content=[entry(r.token, r.logprob) | dict(top_logprobs=[entry(*pair) for pair in r.likeliest.items()]) for r in said], refusal=None) if records else None
 
+# %% ../nbs/21_serve.ipynb #99aa08d4
 def completion_logprobs(choice: Choice, records: list[Record]) -> dict | None:
     "Log-probabilities as a completion lists them, with the token that ended it; the chosen token is always among the likeliest"
     def name(token): return token_name(choice.stream, token)[0]
@@ -366,17 +377,19 @@ def completion_logprobs(choice: Choice, records: list[Record]) -> dict | None:
     return dict(tokens=[name(r.token) for r in records], token_logprobs=[r.logprob for r in records], top_logprobs=tops,
                 text_offset=[r.start for r in records]) if records else None
 
-# %% ../nbs/21_serve.ipynb #e6e9021a
+# %% ../nbs/21_serve.ipynb #c7b7ede5
 def chat_choice(choice: Choice, text: str | None, records: list[Record], reason: str | None, whole: bool) -> dict:
     "An answer of a chat, or a piece of it; text None: the first piece, which says who speaks"
     if whole: said = dict(message=dict(role="assistant", content=text))
     else: said = dict(delta=dict(role="assistant", content="") if text is None else {} if reason else dict(content=text))
     return dict(index=choice.index, **said, logprobs=chat_logprobs(choice, records), finish_reason=reason)
 
+# %% ../nbs/21_serve.ipynb #a67ac886
 def completion_choice(choice: Choice, text: str | None, records: list[Record], reason: str | None, whole: bool) -> dict:
     "A continuation, or a piece of it"
     return dict(index=choice.index, text=text or "", logprobs=completion_logprobs(choice, records), finish_reason=reason)
 
+# %% ../nbs/21_serve.ipynb #bff9465d
 class Dialect(NamedTuple):
     "How one of the two kinds of answers is written"
     prefix: str # of its id
@@ -384,14 +397,16 @@ class Dialect(NamedTuple):
     piece: str # what a piece is called
     choice: Callable
 
+# %% ../nbs/21_serve.ipynb #70888c86
 CHAT = Dialect("chatcmpl", "chat.completion", "chat.completion.chunk", chat_choice)
 COMPLETION = Dialect("cmpl", "text_completion", "text_completion", completion_choice)
 
-# %% ../nbs/21_serve.ipynb #77a8c424
+# %% ../nbs/21_serve.ipynb #15db36c9
 def answer_head(dialect: Dialect, kind: str, name: str) -> dict: # name: the model's
     "What every answer begins with"
     return dict(id=f"{dialect.prefix}-{uuid.uuid4().hex[:24]}", object=kind, created=int(time.time()), model=name)
 
+# %% ../nbs/21_serve.ipynb #4b2a77ef
 async def event_stream(job: Job, dialect: Dialect, include_usage: bool) -> AsyncIterator[str]:
     "A job as server-sent events, the format of a streamed answer"
     head = answer_head(dialect, dialect.piece, job.service.name) | (dict(usage=None) if include_usage else {})
@@ -452,7 +467,7 @@ class LimitBody:
         await send(dict(type="http.response.start", status=413, headers=[(b"content-type", b"application/json"), (b"connection", b"close")]))
         await send(dict(type="http.response.body", body=body))
 
-# %% ../nbs/21_serve.ipynb #f45e4e70
+# %% ../nbs/21_serve.ipynb #cc50316a
 async def whole_answers(job: Job, request) -> list[tuple[str, list[Record]]] | None: # text and records of each answer
     "All that a job says; None if the client has left before"
     async def read():
@@ -469,6 +484,7 @@ async def whole_answers(job: Job, request) -> list[tuple[str, list[Record]]] | N
         reading.cancel(); leaving.cancel()
         job.service.cancel(job) # `reading` may not have begun
 
+# %% ../nbs/21_serve.ipynb #59e2abf5
 def streamed_answer(job: Job, events: AsyncIterator[str]):
     "The response that sends a job's events; however it ends, the job's place is free"
     from fastapi.responses import StreamingResponse
@@ -584,13 +600,14 @@ def add_routes(app, service: Service, allowed) -> None: # allowed: raises for a 
         prompts = [tokenizer.encode(prompt, prepend="<|bos|>") if isinstance(prompt, str) else prompt for prompt in asked.prompt]
         return await respond(service, asked, request, prompts, COMPLETION, "prompt")
 
-# %% ../nbs/21_serve.ipynb #f6f39de7
+# %% ../nbs/21_serve.ipynb #4e301984
 def show_calls(
     text: str, # with <<expression=result>>
 ) -> str: # Markdown
     "Tool calls as code, so that Markdown leaves their stars alone"
     return re.sub(r"<<([^<>`]*?)(?:=([^<>=`]*))?>>", lambda m: f"`{m[1]} = {m[2]}` " if m[2] is not None else f"`{m[1]}` ", text)
 
+# %% ../nbs/21_serve.ipynb #0cc6486b
 def plain_markdown(
     text: str, # from a model or a user
 ):
@@ -598,6 +615,7 @@ def plain_markdown(
     import panel as pn
     return pn.pane.Markdown(text, renderer_options=dict(html=False), plugins=[_without_pictures], hard_line_break=True)
 
+# %% ../nbs/21_serve.ipynb #13f278ed
 def _without_pictures(parser): parser.disable("image")
 
 # %% ../nbs/21_serve.ipynb #0109b39b
@@ -633,7 +651,7 @@ def chat_widget(
     if greeting: chat.send(greeting, user="Help", respond=False)
     return pn.Column(pn.Row(temperature, length), chat, max_width=900, sizing_mode="stretch_width")
 
-# %% ../nbs/21_serve.ipynb #c90a4a3b
+# %% ../nbs/21_serve.ipynb #28fe0812
 def mount_page(app, service: Service, api_key: str | None, origins: tuple[str, ...]) -> None:
     "Serve the widget at /chat; with an API key, at /chat?key=KEY"
     import panel as pn
@@ -645,6 +663,7 @@ def mount_page(app, service: Service, api_key: str | None, origins: tuple[str, .
         if api_key and not hmac.compare_digest(given, api_key.encode()): return pn.pane.Markdown("This server asks for a key: open `/chat?key=YOUR-KEY`.")
         return chat_widget(service, f"This is **{service.name}**. It is small and makes things up.")
 
+# %% ../nbs/21_serve.ipynb #702b3823
 def widget(
     run: str | None = None, # name of a run; None: the newest
     stage: str | None = None, # base, mid, sft or rl; None: the best there is
@@ -672,7 +691,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
-# %% ../nbs/21_serve.ipynb #22c4a3d2
+# %% ../nbs/21_serve.ipynb #15fe8f1d
 def open_port(host: str, port: int) -> socket.socket:
     "A listening socket; raises `NanochatError` if it cannot be had"
     try:
@@ -681,6 +700,7 @@ def open_port(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise NanochatError(f"{host}:{port}: cannot listen there ({getattr(error, 'strerror', None) or error}); choose another --port or --host") from error
 
+# %% ../nbs/21_serve.ipynb #133cfe3f
 def main(argv: list[str] | None = None) -> int: # argv: words of the command line, by default this process's; returns the exit status
     "Run the server as a command"
     args = build_parser().parse_args(argv)

@@ -1,5 +1,5 @@
 "The chat command and the server: what they answer, refuse and survive"
-import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, threading, time
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -378,6 +378,7 @@ def test_echo_with_logprobs_is_the_models_own_judgement_of_a_text(model):
                 assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
                 exact = log[torch.arange(len(prompt) - 1), prompt[1:]]
                 torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:-1]), exact, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found["token_logprobs"][-1], log[-1].max().item(), rtol=1e-4, atol=1e-4)
                 greedy = [logprob == max(top.values()) for logprob, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:])]
                 assert greedy == [*(log[:-1].argmax(-1) == torch.tensor(prompt[1:])).tolist(), True]
         assert choice["finish_reason"] == "length" and server.idle()
@@ -459,7 +460,7 @@ def test_metrics_count_answers_tokens_and_refusals(model):
         silence(server.service.engine)
         usage = complete(server, prompt="hello", n=2, max_tokens=5).json()["usage"]
         found = numbers()
-        assert found['nanochat_answers_ended_total{end="length"}'] == found["nanochat_first_token_seconds_count"] == 2 and found["nanochat_first_token_seconds_sum"] > 0
+        assert found['nanochat_answers_ended_total{end="stop"}'] == 0 and found['nanochat_answers_ended_total{end="length"}'] == found["nanochat_first_token_seconds_count"] == 2 and found["nanochat_first_token_seconds_sum"] > 0
         assert found["nanochat_written_tokens_total"] == usage["completion_tokens"] == 10
         assert found['nanochat_prompt_tokens_total{how="read"}'] == found['nanochat_prompt_tokens_total{how="shared"}'] == usage["prompt_tokens"] - 1
         slow(server)
@@ -540,7 +541,7 @@ def test_command_errors_are_one_line_and_status_2(home, module, words, said):
 
 
 def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
-    import pty, select, signal
+    import pty, select
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -567,6 +568,7 @@ def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
         os.write(terminal, b"/temperature 0\n"); until(b"temperature is 0"); until(b"you: ")
         os.write(terminal, b"/exit\n")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert (home / "chat_history").read_text().splitlines()[-3:] == ["hello", "/temperature 0", "/exit"]
     finally: os.close(terminal)
 
 
@@ -581,6 +583,20 @@ def test_interrupted_answer_stays_in_the_conversation(model):
     assert chat.left_out > 0
     with pytest.raises(NanochatError): list(chat.reply("long " * 400))
     assert run_command(chat, "/clear") and not chat.messages
+
+
+def test_ctrl_c_ends_the_answer_and_nothing_else(model, capsys):
+    from nanochat.chat import say
+    expected = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=12)
+    whole = "".join(expected.reply("hello"))
+    chat, steps = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=12), []
+    step = chat.engine.step
+    chat.engine.step = lambda: (steps.append(1), signal.raise_signal(signal.SIGINT) if len(steps) == 6 else None, step())[2]
+    say(chat, "hello")
+    heard = "".join(part["text"] for part in chat.messages[1]["content"])
+    assert not chat.engine.busy and whole.startswith(heard) and 0 < len(heard) < len(whole) and capsys.readouterr().out.endswith(" …\n")
+    say(chat, "and now?")
+    assert len(chat.messages) == 4 and chat.messages[3]["content"] and not chat.engine.busy
 
 
 def test_a_model_cannot_command_the_terminal(capsys):
@@ -600,7 +616,6 @@ def test_best_stage_prefers_the_latest(home):
 
 
 def test_serve_command_serves_and_ends_on_ctrl_c(home):
-    import signal
     process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         said = process.stdout.readline()
@@ -620,7 +635,6 @@ def test_serve_command_serves_and_ends_on_ctrl_c(home):
 
 @pytest.mark.parametrize("words, warned", [(("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--api-key", "sesame"), False), (("--host", "localhost"), False)])
 def test_serve_command_warns_when_everybody_may_ask(home, words, warned):
-    import signal
     environment = {k: v for k, v in os.environ.items() if k != "NANOCHAT_API_KEY"}
     process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random", "--no-chat-page", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:
