@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['GATE_CHANNELS', 'attend', 'norm', 'Linear', 'rotary_tables', 'apply_rotary', 'visible', 'attend_window', 'CacheStep',
-           'KVCache', 'CausalSelfAttention']
+           'untouched_zeros', 'KVCache', 'CausalSelfAttention']
 
-# %% ../nbs/05_attention.ipynb #744f9694
+# %% ../nbs/05_attention.ipynb #173df4b4
+import math
 from typing import NamedTuple
 
+import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
@@ -100,7 +102,17 @@ class CacheStep(NamedTuple):
     least: int # position of the shortest row's first query
     near: dict # window → first key that a layer with this window reads, and its mask
 
-# %% ../nbs/05_attention.ipynb #7864f0d2
+# %% ../nbs/05_attention.ipynb #f5759e8d
+def untouched_zeros(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> Tensor:
+    "Zeros; in the memory of a CPU they are filled in where they are first used"
+    if device is not None and torch.device(device).type != 'cpu': return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+# %% ../nbs/05_attention.ipynb #c57547e8
 class KVCache:
     "Keys and values of the tokens seen so far; every row has its own length"
     def __init__(
@@ -112,8 +124,8 @@ class KVCache:
         dtype = torch.float32, # the model's compute dtype
     ):
         shape = config.n_layer, batch_size, config.n_kv_head, max_len, config.n_embd // config.n_head
-        self.k = torch.zeros(shape, device=device, dtype=dtype) # (L, B, Hkv, Tmax, D)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = untouched_zeros(shape, dtype, device) # (L, B, Hkv, Tmax, D)
+        self.v = untouched_zeros(shape, dtype, device)
         self.ids = torch.zeros(1, batch_size, 1, max_len, 1, device=device, dtype=torch.int64) # the tokens, laid out as k is
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64) # tokens held in each row
         self.max_len, self.step = max_len, None
@@ -176,7 +188,7 @@ def advance(self:KVCache,
     self.lengths += T
     self.step = None
 
-# %% ../nbs/05_attention.ipynb #f0ba604d
+# %% ../nbs/05_attention.ipynb #a7691b3c
 @patch
 def reset(self:KVCache,
     rows = None, # a row, or a list of rows; None: all
@@ -194,7 +206,8 @@ def copy_from(self:KVCache,
     "Copy one row of another cache into rows of this one; raises `NanochatError` if it does not fit"
     rows, n = [rows] if isinstance(rows, int) else list(rows), int(other.lengths[row])
     if n > self.max_len: raise NanochatError(f"KV cache: a row of {n} tokens does not fit in {self.max_len} positions; make it with max_len={n} or more")
-    for mine, theirs in zip(self.parts, other.parts): mine[:, rows, :, :n] = theirs[:, row, None, :, :n]
+    for mine, theirs in zip(self.parts, other.parts):
+        for to in rows: mine[:, to, :, :n] = theirs[:, row, :, :n] # slices; to index by a list takes twice as long
     self.lengths[rows] = n
     self.step = None
 
