@@ -21,8 +21,6 @@ def own_home(tmp_path, monkeypatch):
     for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NNODES"): monkeypatch.delenv(name, raising=False)
 
 
-
-
 def profile_file(tmp_path, name, change):
     "A copy of a profile with a planted fault"
     profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
@@ -218,6 +216,8 @@ def test_the_doctor_tells_what_a_report_needs_and_no_secret(tmp_path):
 def test_several_machines_share_a_step(monkeypatch):
     alone = preflight("speedrun", dry_run=True)
     monkeypatch.setenv("NNODES", "2")
+    assert "NODE_RANK is not set" in planted("speedrun", dry_run=True)
+    for name, value in dict(NODE_RANK="0", MASTER_ADDR="127.0.0.1").items(): monkeypatch.setenv(name, value)
     both = preflight("speedrun", dry_run=True, options={"base": {"batch_size": 16}, "mid": {"batch_size": 16}})
     assert both.seconds[2] < 0.6 * alone.seconds[2]
     assert next(plan for plan in both.plans if plan.stage == "base").tokens == next(plan for plan in alone.plans if plan.stage == "base").tokens
