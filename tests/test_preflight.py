@@ -1,0 +1,223 @@
+"What a run will take is known before it starts, and what would stop it hours later is said in one line."
+import http.server, json, os, re, subprocess, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import yaml
+
+from nanochat import preflight as pf
+from nanochat.common import NanochatError, Run, load_profile
+from nanochat.preflight import Estimate, check_hub, data_place, missing_files, plan_run, preflight, profile_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    "Nothing is on this machine yet"
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "home"))
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NNODES"): monkeypatch.delenv(name, raising=False)
+
+
+def profile_file(tmp_path, name, change):
+    "A copy of a profile with a planted fault"
+    profile = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    change(profile)
+    path = tmp_path / "planted.yaml"
+    path.write_text(yaml.safe_dump(profile, allow_unicode=True))
+    return str(path)
+
+
+def planted(*given, **named):
+    "The line that refuses a run"
+    with pytest.raises(NanochatError) as refused: preflight(*given, **named)
+    line = str(refused.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("profile, hours, parameters", [("speedrun", 231 / 60, 560_988_160), ("d26", 12, 1_081_999_360), ("d30", 24, 1_578_762_240), ("modern", None, None)])
+def test_the_dry_run_of_a_large_profile_passes_and_gives_the_published_hours(profile, hours, parameters):
+    start = time.thread_time()
+    estimate = preflight(profile, dry_run=True)
+    assert time.thread_time() - start < 120
+    assert [plan.stage for plan in estimate.plans] == "dataset tokenizer base eval_base mid eval_mid sft eval_sft rl eval_rl report".split()
+    if hours:
+        assert 0.8 < estimate.minutes / 60 / hours < 1.25
+        assert next(plan for plan in estimate.plans if plan.stage == "base").memory["weights"] == 4 * parameters
+    assert "×H100" in repr(estimate) and "45%" in repr(estimate)
+
+
+@pytest.mark.parametrize("profile", ["kindergarten", "tiny", "gpu1", "laptop", "realdata"])
+def test_the_dry_run_of_a_small_profile_passes(profile): assert preflight(profile, dry_run=True).minutes > 0
+
+
+FAULTS = {
+    "one shard too few": ({"dataset": {"shards": 215}}, "215 shards", "dataset.shards to 216"),
+    "a batch that does not divide": ({"base": {"total_batch_size": 600_000}}, "base: total_batch_size 600000: not a multiple", "change batch_size"),
+    "a batch of finetuning that does not divide": ({"sft": {"examples_per_step": 36}}, "sft: examples_per_step 36: not a multiple"),
+    "a batch of tries that does not divide": ({"rl": {"batch_size": 24}}, "rl: examples_per_step 16", "not a multiple of 24 rows"),
+    "too little memory": ({"base": {"batch_size": 64, "total_batch_size": 2**20}}, "memory: stage base", "base.batch_size to 32"),
+    "an unknown option": ({"sft": {"stepz": 3}}, "sft", "--stepz"),
+    "a value of the wrong type": ({"base": {"depth": "deep"}}, "--depth", "'deep' is not a valid int"),
+    "a shared option that no stage has": ({"all": {"sede": 3}}, "'sede'"),
+    "an unknown task": ({"mid": {"mixture": {"SmallTalk": 10}}}, "mid", "'SmallTalk'"),
+    "a model that does not split into heads": ({"base": {"n_head": 7}}, "base", "7 heads"),
+    "a shape that the optimizers refuse": ({"base": {"overrides": {"vocab": 3}}}, "overrides: no field 'vocab'"),
+    "an unknown corpus": ({"dataset": {"corpus": "webtext"}}, "webtext"),
+}
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_dry_run_catches(fault):
+    options, *words = FAULTS[fault]
+    line = planted("speedrun", options=options, dry_run=True)
+    for word in words: assert word in line, line
+
+
+def test_a_dry_run_catches_an_unknown_option_and_a_wrong_type_in_the_profile_itself(tmp_path):
+    def misspelt(profile): profile["stages"]["rl"]["example_per_step"] = 16
+    def untyped(profile): profile["stages"]["mid"]["batch_size"] = [32]
+    assert "'example_per_step' of stage rl: unknown" in planted(profile_file(tmp_path, "speedrun", misspelt), dry_run=True)
+    assert "'batch_size' of stage mid: [32] is no int" in planted(profile_file(tmp_path, "speedrun", untyped), dry_run=True)
+
+
+def test_a_dry_run_holds_the_profile_to_its_own_disk_and_memory(tmp_path):
+    line = planted(profile_file(tmp_path, "speedrun", lambda profile: profile["about"].update(disk_gb=40)), dry_run=True)
+    assert line.startswith("disk: the run needs") and "there are 40.0" in line
+    line = planted(profile_file(tmp_path, "speedrun", lambda profile: profile["about"].update(memory_gb=40)), dry_run=True)
+    assert "memory: stage base" in line and "base.batch_size to 16" in line
+
+
+def test_too_little_disk_or_memory_on_this_machine_stops_the_run():
+    with mock.patch("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6)): assert planted("tiny", "run").startswith("disk: the run needs")
+    with mock.patch("psutil.virtual_memory", lambda: SimpleNamespace(available=5 * 10**8, total=10**9)): assert planted("tiny", "run").startswith("memory: stage base needs")
+
+
+def test_a_hub_that_does_not_answer_stops_a_run_whose_data_is_not_here(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    line = planted("laptop", "run")
+    assert line.startswith("hub: http://127.0.0.1:9 does not answer") and "shard_00000.parquet is not here" in line
+
+
+def test_the_hub_is_asked_at_hf_endpoint_and_a_refusal_counts_as_an_answer(monkeypatch):
+    asked = []
+    class Mirror(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self): asked.append(self.path); self.send_response(401); self.end_headers()
+        def log_message(self, *words): pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    try: check_hub(["owner/name/shard_00000.parquet"])
+    finally: server.shutdown()
+    assert asked == ["/api/datasets/owner/name"]
+
+
+def test_the_hub_is_not_asked_for_what_is_here(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    values = dict(data="hub", corpus="fineweb-edu", shards=1)
+    root = data_place(values)[0]
+    names = [f"karpathy/fineweb-edu-100b-shuffle/shard_{i:05d}.parquet" for i in (0, 1822)]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("text")
+    manifest = dict(files={name: dict(bytes=4) for name in names}, complete={f"{repo}:{pattern}": [] for repo, pattern in pf.TASK_FILES.items()})
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    assert missing_files(values, root) == []
+    check_hub(missing_files(values, root))
+    (root / names[0]).write_text("cut")
+    assert missing_files(values, root) == names[:1]
+
+
+def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "file"))
+    assert "cannot be written (Not a directory); set NANOCHAT_HOME" in planted("tiny", "run")
+
+
+def test_more_processes_than_the_machine_has_stop_the_run(): assert "nproc 512: this machine has" in planted("kindergarten", "run", nproc=512, options={"base": {"total_batch_size": 2**22}, "mid": {"total_batch_size": 2**22}, "sft": {"examples_per_step": 512, "batch_size": 1}, "rl": {"examples_per_step": 512}})
+
+
+def test_a_torch_that_cannot_use_the_gpu_stops_the_run():
+    with mock.patch("shutil.which", lambda name: "/usr/bin/" + name), mock.patch("torch.cuda.is_available", lambda: False):
+        assert "cannot use this machine's GPU" in planted("gpu1", "run")
+
+
+def test_a_missing_rust_trainer_stops_a_run_with_much_text_only():
+    with mock.patch("nanochat.tokenizer.rustbpe", None):
+        assert preflight("tiny", "run").minutes > 0
+        with mock.patch.object(pf, "check_processes", lambda *given: None): assert planted("laptop", "run").startswith("rustbpe is missing, and 200 million")
+
+
+def test_a_data_folder_that_lacks_a_task_stops_the_run(tmp_path):
+    (tmp_path / "own").mkdir()
+    assert "task SmolTalk" in planted("realdata", "run", options={"dataset": {"data": str(tmp_path / "own")}})
+
+
+def test_the_estimate_follows_from_what_was_measured():
+    def estimate(seconds, steps=1100):
+        with mock.patch.object(pf, "matmul_flops", lambda *given: 1e12), mock.patch.object(pf, "measure_model", lambda *given: (seconds, 0.01)):
+            result = preflight("kindergarten", "run", options={"base": {"steps": steps}})
+        return result.seconds[2] - pf.START - result.machine.compile, result
+    slow, fast = estimate(0.4), estimate(0.2)
+    assert slow[0] == pytest.approx(2 * fast[0])
+    assert fast[1].minutes < slow[1].minutes < 2 * fast[1].minutes
+    assert estimate(0.2, 2200)[0] == pytest.approx(2 * fast[0], rel=0.02)
+    assert fast[0] == pytest.approx(1100 * 0.2 / pf.EAGER, rel=0.1)
+
+
+def test_this_machine_is_measured_within_seconds():
+    start = time.thread_time()
+    about = preflight("kindergarten", "run").machine.about
+    assert "this machine: measured steps of the model at" in about or "measured products" in about
+    assert time.thread_time() - start < 15
+
+
+def test_the_plan_of_the_default_run_is_what_its_recorded_run_did():
+    cells = [cell for cell in json.loads((ROOT / "speedrun.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    printed = {"".join(cell["source"]): "".join("".join(out.get("text", "")) for out in cell["outputs"]) for cell in cells}
+    plans = {plan.stage: plan for plan in plan_run("kindergarten")[0]}
+    assert f"{plans['base'].memory['weights'] // 4:,} parameters, {plans['base'].steps:,} steps of {plans['base'].tokens // plans['base'].steps:,} tokens" in printed['stage("pretrain")']
+    for module, stage in (("midtrain", "mid"), ("sft", "sft"), ("grpo", "rl")): assert f"{stage} {plans[stage].steps}/{plans[stage].steps} " in printed[f'stage("{module}")']
+    took = sum(float(re.findall(r"\[([\d.]+) min\]", text)[-1]) for source, text in printed.items() if source.startswith("stage("))
+    assert 0.7 < Estimate("kindergarten", list(plans.values()), profile_machine("kindergarten", 1, 4)).minutes / took < 1.3
+
+
+def test_complete_stages_cost_nothing_more():
+    whole = preflight("tiny", "run")
+    run = Run.create("run")
+    for stage in ("dataset", "tokenizer", "base"): run.write_json({}, "stages", f"{stage}.json")
+    rest = preflight("tiny", "run")
+    assert rest.seconds[:3] == [0, 0, 0] and rest.disk < whole.disk and "done" in repr(rest)
+
+
+def test_a_dry_run_of_the_notebook_starts_no_stage(tmp_path):
+    out = tmp_path / "out.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", "speedrun.ipynb", str(out), "-p", "profile", "d26", "-p", "dry_run", "True", "--no-progress-bar", "--kernel", "python3"],
+                          cwd=ROOT, env=os.environ | dict(NANOCHAT_HOME=str(tmp_path / "home")), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = out.read_text()
+    assert "41,275" in text and "$ python" not in text and not (tmp_path / "home").exists()
+
+
+def test_the_doctor_tells_what_a_report_needs_and_no_secret(tmp_path):
+    environment = os.environ | dict(NANOCHAT_HOME=str(tmp_path / "home"), HF_TOKEN="hf_secret", HOME=str(tmp_path))
+    def ask(*words): return subprocess.run([sys.executable, "-m", "nanochat", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    Run.create("half").log("base", 40, loss=2.0)
+    done = ask("doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch ", "rustbpe ", "memory: ", "disk: ", "~/home", "half: no stage complete; last measurement: base step 40", "HF_TOKEN"): assert word in done.stdout, done.stdout
+    assert "hf_secret" not in done.stdout and str(tmp_path) not in done.stdout
+    refused = ask("surgeon")
+    assert refused.returncode == 2 and len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_several_machines_share_a_step(monkeypatch):
+    alone = preflight("speedrun", dry_run=True)
+    monkeypatch.setenv("NNODES", "2")
+    assert "NODE_RANK is not set" in planted("speedrun", dry_run=True)
+    for name, value in dict(NODE_RANK="0", MASTER_ADDR="127.0.0.1").items(): monkeypatch.setenv(name, value)
+    both = preflight("speedrun", dry_run=True, options={"base": {"batch_size": 16}, "mid": {"batch_size": 16}})
+    assert both.seconds[2] < 0.6 * alone.seconds[2]
+    assert next(plan for plan in both.plans if plan.stage == "base").tokens == next(plan for plan in alone.plans if plan.stage == "base").tokens
