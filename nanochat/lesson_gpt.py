@@ -95,7 +95,7 @@ def mlp_first(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x = x + block.mlp(norm(x))
     return x + block.attn(norm(x), cos, sin)
 
-# %% ../nbs/27_lesson_gpt.ipynb #8d619dcb
+# %% ../nbs/27_lesson_gpt.ipynb #edb1e91d
 _attention, _mlp = 'self.attn(norm(x), cos, sin, cache, value)', 'self.mlp(norm(x))'
 exercise('gpt.Block.forward', block_cases, gradients=True, tolerance=1e-4,
     mutants=(
@@ -104,7 +104,7 @@ exercise('gpt.Block.forward', block_cases, gradients=True, tolerance=1e-4,
         Mutant('attention without norm', 'self.attn(norm(x)', 'self.attn(x', 'Attention reads the stream as it is. Give it a normed copy.'),
         Mutant('MLP without norm', _mlp, 'self.mlp(x)', 'The MLP reads the stream as it is. Give it a normed copy, as attention gets one.'),
         Mutant('norms the stream', f'x + {_attention}', f'norm(x) + {_attention}', 'You norm the stream itself. Only the copy that attention reads is normed; what the sum is added to stays as it was.'),
-        Mutant('norm at the end', f'return x + {_mlp}', f'return norm(x + {_mlp})', 'You norm the result. That is how the first transformers did it. Here the stream itself is never normed between blocks.'),
+        Mutant('norm at the end', f'return x + {_mlp}', f'return norm(x + {_mlp})', 'You norm the result, much as the first transformers did. Here the stream itself is never normed between blocks.'),
         Mutant('norms the contribution', _mlp, 'norm(self.mlp(x))', 'You norm what comes out of the MLP instead of what goes in.'),
         Mutant('no MLP', f'return x + {_mlp}', 'return x', 'The second half is missing: the MLP reads a normed copy of the stream, too, and adds to it.')),
     habits=(
