@@ -60,6 +60,7 @@ def test_links_between_files_lead_somewhere():
     missing = []
     for path in [*NOTEBOOKS, ROOT / "README.md"]:
         text = path.read_text() if path.suffix == ".md" else "\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+        text = re.sub(r"```.*?```", "", text, flags=re.S)   # table[i](ids) in code is no link
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             if not re.match(r"\w+:", target) and not (path.parent / target).exists(): missing.append((path.name, target))
     assert missing == []
