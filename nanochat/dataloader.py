@@ -37,7 +37,7 @@ class Batch(NamedTuple):
         if torch.device(device).type != 'cuda': return Batch(*(part if part is None else part.to(device) for part in self))
         return Batch(*(part if part is None else part.pin_memory().to(device, non_blocking=True) for part in self))
 
-IGNORE = -1  # target of a position without loss (FACTS 1.5: ignore_index)
+IGNORE = -1  # target of a position without loss (the reference system, October 2025: ignore_index)
 
 # %% ../nbs/04_dataloader.ipynb #06ab4107
 def rows_to_batch(rows: list[tuple[list[int], list[int]]],  # each row: T+1 token ids, and T+1 flags: 1 = has a loss as a target
@@ -101,7 +101,7 @@ class Ahead:
 def document_tokens(files: list[Path], tokenizer: Tokenizer, column: str = 'text',
                     rank: int = 0, world_size: int = 1,         # which of so many processes reads, of each file row groups rank, rank+world_size, …
                     place: tuple[int, int, int, int] = (0, 0, 0, 0),  # (epoch, file, row group, document) to begin at
-                    documents: int = 128,                       # so many are encoded at once (FACTS 1.4)
+                    documents: int = 128,                       # so many are encoded at once (the reference system, October 2025)
                    ) -> Iterator[tuple]:                        # place, ids (n,) uint32
     "Endless pieces of the encoded text, each with the place of its first document; raises `NanochatError` if there is no text."
     (epoch, file, row_group, document), whole = place, tuple(place[1:]) == (0, 0, 0)
@@ -156,8 +156,8 @@ class DocumentLoader:
         rank: int = 0, world_size: int = 1,
         packing: str = 'flat',    # 'flat': one stream, cut every T tokens; 'best_fit': every row begins with a document, and what does not fit is cropped
         split: str = 'rows',      # how processes share the text: 'rows' (one stream, dealt out row by row) or 'row_groups' (each reads its own part)
-        encode_batch: int = 128,  # documents given to the tokenizer at once (FACTS 1.4)
-        buffer: int = 1000,       # documents that best_fit chooses from (FACTS 2.5)
+        encode_batch: int = 128,  # documents given to the tokenizer at once (the reference system, October 2025)
+        buffer: int = 1000,       # documents that best_fit chooses from (the reference system, 2026)
         device: torch.device = 'cpu',
     ):
         self.sources = sources if sources and isinstance(sources[0], Source) else [Source(list(sources))]
@@ -329,8 +329,8 @@ class ConversationLoader:
         mask: bool = True,        # True: loss on the assistant's tokens only; False: on all
         epochs: int | None = None,  # passes before StopIteration; None is endless
         seed: int = 42,           # of the order
-        max_tokens: int = 2048,   # a conversation is cut here (FACTS 1.10), and at T+1 where it must fit a row
-        pad: str = '<|assistant_end|>',  # token that fills rows (FACTS 1.12)
+        max_tokens: int = 2048,   # a conversation is cut here (the reference system, October 2025), and at T+1 where it must fit a row
+        pad: str = '<|assistant_end|>',  # token that fills rows (the reference system, October 2025)
         pad_multiple: int | None = None,  # cut the batch after its longest row, rounded up to this; None: always T
         buffer: int = 64,         # conversations that best_fit chooses from
         device: torch.device = 'cpu',

@@ -130,8 +130,8 @@ class Corpus:
 
 # %% ../nbs/03_dataset.ipynb #e2fba1f6
 CORPORA = {
-    'fineweb-edu': Corpus('karpathy/fineweb-edu-100b-shuffle', 'shard_*.parquet', 'shard_01822.parquet', 1823, 'text'),  # FACTS 1.3
-    'climbmix': Corpus('karpathy/climbmix-400b-shuffle', 'shard_*.parquet', 'shard_06542.parquet', 6543, 'text'),        # FACTS 2.5
+    'fineweb-edu': Corpus('karpathy/fineweb-edu-100b-shuffle', 'shard_*.parquet', 'shard_01822.parquet', 1823, 'text'),  # the reference system, October 2025
+    'climbmix': Corpus('karpathy/climbmix-400b-shuffle', 'shard_*.parquet', 'shard_06542.parquet', 6543, 'text'),        # the reference system, 2026
 }
 
 # %% ../nbs/03_dataset.ipynb #4381e9e8
@@ -190,14 +190,14 @@ def split_files(root: Path, corpus: Corpus, files: list[Path], shards: int = -1,
     return train, [files[names.index(val_shard)]]
 
 # %% ../nbs/03_dataset.ipynb #49aff9d0
-TASK_FILES = {  # what the chat stages and the evaluations read, as glob patterns inside each hub repository (FACTS 1.11-1.13)
+TASK_FILES = {  # what the chat stages and the evaluations read, as glob patterns inside each hub repository (the reference system, October 2025)
     'openai/gsm8k': 'main/*.parquet',
     'openai/openai_humaneval': 'openai_humaneval/*.parquet',
     'allenai/ai2_arc': 'ARC-*/*.parquet',
     'cais/mmlu': 'a*/*.parquet',
     'HuggingFaceTB/smol-smoltalk': 'data/*.parquet',
 }
-EXTRA_FILES = {  # what is not on the hub, and where it goes in the data root (FACTS 1.9, 1.11, 1.13)
+EXTRA_FILES = {  # what is not on the hub, and where it goes in the data root (the reference system, October 2025)
     'eval_bundle.zip': 'https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip',
     'nanochat/identity_conversations.jsonl': 'https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl',
     'words.txt': 'https://raw.githubusercontent.com/dwyl/english-words/master/words_alpha.txt',
@@ -272,7 +272,7 @@ def wanted_files(root: Path, repo: str, names: list[str] | None, pattern: str) -
 def download(root: Path, repo: str,
              names: list[str] | None = None,  # these files; None is all that match
              pattern: str = '*.parquet',
-             workers: int = 4,                # files at a time (FACTS 1.3)
+             workers: int = 4,                # files at a time (the reference system, October 2025)
             ) -> list[Path]:
     "Mirror files of a hub data set into a data root, in parallel; what the manifest knows is skipped, what failed is told in one line."
     from huggingface_hub.utils import disable_progress_bars, logging

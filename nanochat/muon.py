@@ -195,7 +195,7 @@ class AdamW(ShardedOptimizer):
         self,
         params, # parameters or groups of them
         lr: float = 1e-3, # step size
-        betas: tuple[float, float] = (0.8, 0.95), # memory of the mean and of the mean square (FACTS 1.6)
+        betas: tuple[float, float] = (0.8, 0.95), # memory of the mean and of the mean square (the reference system, October 2025)
         eps: float = 1e-10, # keeps the division finite
         weight_decay: float = 0.0, # fraction lr * weight_decay of the weights goes in each step
         cut_above: float = 2**20, # elements; larger tables are divided by rows
@@ -219,7 +219,7 @@ class AdamW(ShardedOptimizer):
             p.addcdiv_(state["exp_avg"], root, value=-group["lr"] / mean_scale)
 
 # %% ../nbs/07_muon.ipynb #3e677bc2
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315),  # a, b, c of the quintic, the same in every iteration (Jordan 2024, "Muon"; FACTS 1.6)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315),  # a, b, c of the quintic, the same in every iteration (Jordan 2024, "Muon"; the reference system, October 2025)
 product_dtype = cache(pick_dtype)  # asked in every step, and the answer never changes
 
 def newton_schulz(
@@ -273,7 +273,7 @@ def shrink(
     amount: float, # fraction that goes
     cautious: bool = False, # only where the update has the sign of the weight, or is 0
 ) -> None:
-    "Weight decay, of every weight or cautious (arXiv 2510.12402; FACTS 2.3)"
+    "Weight decay, of every weight or cautious (arXiv 2510.12402; the reference system, 2026)"
     if not cautious: torch._foreach_mul_(params, 1 - amount); return
     weights = torch.stack(params)
     torch._foreach_sub_(params, (weights * (updates * weights >= 0)).unbind(), alpha=amount)
@@ -319,7 +319,7 @@ class Muon(ShardedOptimizer):
         torch._foreach_add_(params, updates.unbind(), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
 
 # %% ../nbs/07_muon.ipynb #f57553ab
-MODERN_GROUPS = dict( # AdamW's options of each kind of parameter (FACTS 2.3)
+MODERN_GROUPS = dict( # AdamW's options of each kind of parameter (the reference system, 2026)
     unembedding=dict(lr=0.008, betas=(0.8, 0.96), weight_decay=0.01),
     embedding=dict(lr=0.3, betas=(0.8, 0.995), weight_decay=0.001),
     value_embedding=dict(lr=0.15, betas=(0.8, 0.995), weight_decay=0.01),
@@ -327,7 +327,7 @@ MODERN_GROUPS = dict( # AdamW's options of each kind of parameter (FACTS 2.3)
     x0=dict(lr=0.5, betas=(0.96, 0.95)), # what of the embedding is added again
     mixing=dict(lr=0.2), # smear and backout
     small=dict(lr=0.005)) # of the blocks, too small for Muon
-GROUPS = dict(modern=MODERN_GROUPS, classic=MODERN_GROUPS | dict(unembedding=dict(lr=0.004), embedding=dict(lr=0.2))) # FACTS 1.6
+GROUPS = dict(modern=MODERN_GROUPS, classic=MODERN_GROUPS | dict(unembedding=dict(lr=0.004), embedding=dict(lr=0.2))) # the reference system, October 2025
 KINDS = {"lm_head.weight": "unembedding", "transformer.wte.weight": "embedding", "transformer.value_embeds.": "value_embedding", "transformer.resid_lambdas": "residual",
          "transformer.x0_lambdas": "x0", "transformer.smear_": "mixing", "transformer.backout_": "mixing"} # beginning of a name → group
 SMALLEST_MATRIX = 16 # rows and columns, for Muon
@@ -385,7 +385,7 @@ def lr_multiplier(
     warmdown: float = 0.2, # fraction of the steps that falls to `final`
     final: float = 0.0, # value after the last step
 ) -> float:
-    "What the learning rates are multiplied by at a step (FACTS 1.6)"
+    "What the learning rates are multiplied by at a step (the reference system, October 2025)"
     falling = round(warmdown * num_steps)
     rising = round(warmup * num_steps) if warmup < 1 else min(int(warmup), num_steps - falling)  # in a short run the fall goes first
     if step < rising: return (step + 1) / rising
@@ -399,14 +399,14 @@ def muon_momentum(
     final: float = 0.95, # from `steps` on
     steps: int = 300, # length of the ramp
 ) -> float:
-    "Muon's momentum at a step: a short memory while gradients change quickly (FACTS 1.6)"
+    "Muon's momentum at a step: a short memory while gradients change quickly (the reference system, October 2025)"
     done = min(step / steps, 1)
     return (1 - done) * start + done * final
 
 # %% ../nbs/07_muon.ipynb #50e63299
 @dataclass
 class Schedule:
-    "What changes during a stage; the defaults are the classic recipe (FACTS 1.6)"
+    "What changes during a stage; the defaults are the classic recipe (the reference system, October 2025)"
     warmup: float = 0.0 # steps in which the rates rise: a fraction of all, or a number from 1 on
     warmdown: float = 0.2 # fraction of the steps in which they fall
     final_lr: float = 0.0 # where they fall to
@@ -454,7 +454,7 @@ def set_rates(
 RECIPES = dict(
     classic={},
     modern=dict(groups="modern", weight_decay=0.28, quintics="polar_express", line_memory=0.9, cautious=True, warmup=40, warmdown=0.65, final_lr=0.05,
-                momentum=0.97, momentum_steps=400, momentum_end=0.90, decay="cosine")) # FACTS 2.3
+                momentum=0.97, momentum_steps=400, momentum_end=0.90, decay="cosine")) # the reference system, 2026
 
 def optimizer_recipe(
     recipe: str = "classic", # or modern

@@ -253,9 +253,9 @@ def plan_evaluation(
     return plan
 
 # %% ../nbs/23_preflight.ipynb #96d8c151
-SHARD_CHARACTERS, SHARD_BYTES = 250e6, 100e6 # of a shard of the catalogue's corpora (FACTS 1.3)
-CHARACTERS_A_TOKEN = 4.8 # FACTS 1.2
-KEPT = dict(flat=1.0, best_fit=0.65) # share of the text that a packing uses (FACTS 2.5)
+SHARD_CHARACTERS, SHARD_BYTES = 250e6, 100e6 # of a shard of the catalogue's corpora (the reference system, October 2025)
+CHARACTERS_A_TOKEN = 4.8 # the reference system, October 2025
+KEPT = dict(flat=1.0, best_fit=0.65) # share of the text that a packing uses (the reference system, 2026)
 TASK_BYTES = 1.5e9 # of the files of the tasks and of CORE
 
 def hub_shards(values: dict) -> int: # values: of the dataset stage
@@ -332,7 +332,7 @@ class Machine:
     disk: float # bytes free
     hourly: float = 0.0 # dollars
 
-SHARE = 0.45 # of a GPU's peak: 41 to 51% are published for runs of this size (FACTS 1.7)
+SHARE = 0.45 # of a GPU's peak: 41 to 51% are published for runs of this size (the reference system, October 2025)
 COLUMN = dict(cuda=0.0005, cpu=0.0025) # seconds a layer
 COMPILE = dict(cuda=3.0, cpu=8.0) # seconds a layer, the first time
 

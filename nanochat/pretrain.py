@@ -111,7 +111,7 @@ def recipe_from_depth(
     weight_decay: float = 0.28, # of the matrices, at depth 12
     width: int = 0, # d, 0: 64 × depth
 ) -> dict: # weights, tokens, steps, total_batch_size (tokens), lr_scale, weight_decay
-    "What follows from the depth by the scaling rules (FACTS 2.4)"
+    "What follows from the depth by the scaling rules (the reference system, 2026)"
     def count(depth, width): return 12 * depth * width**2 + vocab_size * width
     weights = count(depth, width or 64 * depth)
     grown = weights / count(12, 768)                                            # D / D of depth 12

@@ -76,7 +76,7 @@ def show_value(
     return str(value)
 
 # %% ../nbs/19_report.ipynb #370df096
-PUBLISHED_D20 = {  # depth 20 on 8×H100, 3 h 51 min, about $100: FACTS 1.19
+PUBLISHED_D20 = {  # depth 20 on 8×H100, 3 h 51 min, about $100: the reference system, October 2025
     'CORE': {'base': .2219}, 'ARC-Challenge': {'mid': .2875, 'sft': .2807}, 'ARC-Easy': {'mid': .3561, 'sft': .3876},
     'GSM8K': {'mid': .0250, 'sft': .0455, 'rl': .0758}, 'HumanEval': {'mid': .0671, 'sft': .0854}, 'MMLU': {'mid': .3111, 'sft': .3151},
     'ChatCORE': {'mid': .0730, 'sft': .0884}}
@@ -224,7 +224,7 @@ def curves(
     return found
 
 # %% ../nbs/19_report.ipynb #06e05b85
-PRICES = {'H100': 3.0, 'A100': 1.79, 'V100': .55}  # dollars an hour and GPU; any other: 2 (FACTS 1.18)
+PRICES = {'H100': 3.0, 'A100': 1.79, 'V100': .55}  # dollars an hour and GPU; any other: 2 (the reference system, October 2025)
 
 def hourly_price(
     gpus: list[str],     # names of the GPUs
@@ -255,7 +255,7 @@ def code_size(
         elif path.suffix in kinds or path.name == 'Makefile':
             text = path.read_text(encoding='utf-8', errors='replace')
             size['files'] += 1; size['lines'] += text.count('\n'); size['characters'] += len(text)
-    return {**size, 'tokens': size['characters'] // 4}  # about four characters a token (FACTS 1.18)
+    return {**size, 'tokens': size['characters'] // 4}  # about four characters a token (the reference system, October 2025)
 
 # %% ../nbs/19_report.ipynb #044104e3
 def badges(

@@ -29,7 +29,7 @@ def message_text(
     return ''.join(part['text'] for part in content if part['type'] == 'text')
 
 # %% ../nbs/12_tasks.ipynb #b1339006
-PART_TYPES = ('text', 'python', 'python_output')  # FACTS 1.10
+PART_TYPES = ('text', 'python', 'python_output')  # the reference system, October 2025
 
 def conversation_problem(
     messages,     # what should be a list of {'role', 'content'}
@@ -60,7 +60,7 @@ def render_multiple_choice(
     choices: list[str],    # 2 to 10 choices; the first is called A
     style: str = 'letter', # what is wanted: 'letter', or 'line' for the whole line of the right choice
 ) -> str:                  # the user's message
-    "The reference system's wording of a multiple choice question (FACTS 1.13), the same for training and for grading."
+    "The reference system's wording of a multiple choice question (in October 2025), the same for training and for grading."
     if not 2 <= len(choices) <= len(LETTERS): raise NanochatError(f'a question needs 2 to {len(LETTERS)} choices, this has {len(choices)}: {question[:60]!r}')
     if style not in QUIZ_STYLES: raise NanochatError(f"quiz style '{style}': unknown; choose {' or '.join(QUIZ_STYLES)}")
     lines = ''.join(f'- {choice}={letter}\n' for letter, choice in zip(LETTERS, choices))
@@ -101,7 +101,7 @@ class ParquetRows:
 # %% ../nbs/12_tasks.ipynb #debb7e3c
 def permutation(
     count: int,      # number of items
-    seed: int = 42,  # another seed gives another order; 42 is the reference system's own habit (FACTS 1.13)
+    seed: int = 42,  # another seed gives another order; 42 is the reference system's own habit (in October 2025)
 ) -> np.ndarray:     # (count,) int64: 0 … count-1 in a shuffled order
     "A shuffled order made from `seed` by integer arithmetic alone (SplitMix64), so that it never depends on a library's version."
     key = np.uint64(seed % 2**64) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -187,7 +187,7 @@ def tool_parts(
     return parts
 
 # %% ../nbs/12_tasks.ipynb #2f512549
-FINAL_ANSWER = re.compile(r'#### (\-?[0-9\.\,]+)')  # FACTS 1.13
+FINAL_ANSWER = re.compile(r'#### (\-?[0-9\.\,]+)')  # the reference system, October 2025
 
 def final_answer(
     text: str,   # a solution, or a completion
@@ -326,7 +326,7 @@ BEE_QUESTIONS = ('How many {letter} are in {word}?', 'How many times does {lette
 
 class SimpleSpelling(Task):
     "Spell a word. Row i is made from i alone, so that there are as many as one likes."
-    sizes = {'train': 200_000, 'test': 256}  # FACTS 1.11
+    sizes = {'train': 200_000, 'test': 256}  # the reference system, October 2025
     def __init__(self, words: list[str], split='train', name='', start=0, stop=None):
         super().__init__(range(self.sizes[split]), name, start, stop)
         self.words, self.split = words, split
@@ -340,7 +340,7 @@ class SimpleSpelling(Task):
 
 class SpellingBee(SimpleSpelling):
     "Count a letter in a word: spelled out first, then checked with the tool."
-    kind, sizes = 'generative', {'train': 80_000, 'test': 256}  # FACTS 1.11, 1.13
+    kind, sizes = 'generative', {'train': 80_000, 'test': 256}  # the reference system, October 2025
     evaluate = GSM8K.evaluate
     def conversation(self, row):
         word, rng = self.draw(row)
@@ -355,7 +355,7 @@ class SpellingBee(SimpleSpelling):
         return {'messages': [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': [dict(type=t, text=x) for t, x in parts]}]}
 
 # %% ../nbs/12_tasks.ipynb #dce0fca8
-SOURCES = {  # name: class, repository, {split: patterns, the first that has files is used}; FACTS 1.13
+SOURCES = {  # name: class, repository, {split: patterns, the first that has files is used}; the reference system, October 2025
     'ARC-Easy': (ARC, 'allenai/ai2_arc', {s: [f'ARC-Easy/{s}-*.parquet'] for s in ('train', 'validation', 'test')}),
     'ARC-Challenge': (ARC, 'allenai/ai2_arc', {s: [f'ARC-Challenge/{s}-*.parquet'] for s in ('train', 'validation', 'test')}),
     'MMLU': (MMLU, 'cais/mmlu', {s: [f'all/{s}-*.parquet'] for s in ('dev', 'validation', 'test')}),
@@ -444,9 +444,9 @@ class Mixture:
     def __repr__(self): return f'Mixture({len(self):,}: ' + ', '.join(f'{name} {n:,}' for name, n in self.counts.items()) + ')'
 
 # %% ../nbs/12_tasks.ipynb #8df62984
-MIDTRAINING = {'SmolTalk': 460_000, 'MMLU-aux': 100_000, 'GSM8K': 8_000}                               # 568K at launch, FACTS 1.11
-MIDTRAINING_VALIDATION = {'SmolTalk': 24_000, 'MMLU': 5_200, 'GSM8K': 420}                              # FACTS 1.11
-SFT = {'ARC-Easy': None, 'ARC-Challenge': None, 'GSM8K': None, 'SmolTalk': 10_000}                        # 2.3K + 1.1K + 8K + 10K, FACTS 1.12
+MIDTRAINING = {'SmolTalk': 460_000, 'MMLU-aux': 100_000, 'GSM8K': 8_000}                               # 568K at launch, the reference system, October 2025
+MIDTRAINING_VALIDATION = {'SmolTalk': 24_000, 'MMLU': 5_200, 'GSM8K': 420}                              # the reference system, October 2025
+SFT = {'ARC-Easy': None, 'ARC-Challenge': None, 'GSM8K': None, 'SmolTalk': 10_000}                        # 2.3K + 1.1K + 8K + 10K, the reference system, October 2025
 
 def load_mixture(
     root: Path,             # a data root
@@ -477,7 +477,7 @@ def midtraining_mixture(
     seed: int = 42,             # of the order
     quiz: str = 'letter',       # how multiple choice questions are answered: 'letter' or 'line'
 ) -> Mixture:
-    "What midtraining reads: much chat, multiple choice, and sums with the calculator (FACTS 1.11)."
+    "What midtraining reads: much chat, multiple choice, and sums with the calculator (the reference system, October 2025)."
     return load_mixture(root, MIDTRAINING if parts is None else parts, 'train', seed, quiz)
 
 def sft_mixture(
@@ -486,5 +486,5 @@ def sft_mixture(
     seed: int = 42,             # of the order
     quiz: str = 'letter',       # how multiple choice questions are answered: 'letter' or 'line'
 ) -> Mixture:
-    "What finetuning reads: less, and better fitted to what is asked at the end (FACTS 1.12)."
+    "What finetuning reads: less, and better fitted to what is asked at the end (the reference system, October 2025)."
     return load_mixture(root, SFT if parts is None else parts, 'train', seed, quiz)

@@ -221,7 +221,7 @@ def test_real_answers_are_whole_in_gpt2_tokens(monkeypatch):
             prompts = render_prompts(task, items[i], draw_shots(items, i, task.num_fewshot))
             rows = tokenize_prompts(task.kind, prompts, tokenizer)
             if task.kind == 'language_modeling':
-                assert tokenizer.encode(prompts[:1], prepend=tokenizer.bos)[0] == rows[0].ids[:rows[0].start]  # FACTS 1.9: an exact prefix
+                assert tokenizer.encode(prompts[:1], prepend=tokenizer.bos)[0] == rows[0].ids[:rows[0].start]  # the reference system, October 2025: an exact prefix
                 assert tokenizer.decode(rows[0].ids[rows[0].start:]).strip() == items[i]['continuation'].strip()
             if task.kind == 'schema': assert all(items[i]['continuation'].endswith(tokenizer.decode(row.ids[row.start:row.stop]).strip()) or tokenizer.decode(row.ids[row.start:]).strip().endswith(items[i]['continuation']) for row in rows)
             if task.kind == 'multiple_choice':

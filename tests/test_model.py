@@ -146,7 +146,7 @@ def test_rows_of_different_lengths_in_one_cache_give_the_logits_of_the_plain_pas
 
 
 def by_definition(model, ids):
-    "Logits of one row by the formulas of FACTS 1.5 and 2.2, in float64, one query and head at a time"
+    "Logits of one row by the formulas of the reference system, October 2025 and 2026, in float64, one query and head at a time"
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     H, G, D, T, L = c.n_head, c.n_head // c.n_kv_head, c.n_embd // c.n_head, len(ids), c.n_layer
     def unit(x): return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()

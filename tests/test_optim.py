@@ -182,11 +182,11 @@ def test_a_recipe_gives_way_to_options_and_both_to_overrides():
 
 
 def test_rules_from_depth_give_the_reference_systems_figures():
-    batches = {8: 18, 10: 19, 12: 19, 16: 19, 18: 20, 20: 20, 24: 20, 26: 20, 32: 21, 50: 21}  # FACTS 2.4
+    batches = {8: 18, 10: 19, 12: 19, 16: 19, 18: 20, 20: 20, 24: 20, 26: 20, 32: 21, 50: 21}  # the reference system, 2026
     assert {d: recipe_from_depth(d)['total_batch_size'] for d in batches} == {d: 2**n for d, n in batches.items()}
-    assert recipe_from_depth(24)['tokens'] // 2**19 == 16_704                                   # FACTS 2.7, first row
-    assert recipe_from_depth(24, ratio=8)['steps'] == 5_568 and recipe_from_depth(20, ratio=8)['steps'] == 3_320  # FACTS 2.9
-    for depth, best in {8: 0.40, 12: 0.22, 16: 0.10, 20: 0.08}.items():                         # FACTS 2.4, found by trying
+    assert recipe_from_depth(24)['tokens'] // 2**19 == 16_704                                   # the reference system, 2026, first row
+    assert recipe_from_depth(24, ratio=8)['steps'] == 5_568 and recipe_from_depth(20, ratio=8)['steps'] == 3_320  # the reference system, 2026
+    for depth, best in {8: 0.40, 12: 0.22, 16: 0.10, 20: 0.08}.items():                         # the reference system, 2026, found by trying
         assert recipe_from_depth(depth, weight_decay=0.2)['weight_decay'] == pytest.approx(best, rel=0.12)
     assert recipe_from_depth(9, width=768) == recipe_from_depth(9, width=768, weight_decay=0.28) != recipe_from_depth(9)
     d20 = recipe_from_depth(20)
@@ -224,7 +224,7 @@ def test_the_modern_model_s_parameters_have_the_published_rates():
     expected = {'lm_head.weight': (0.008 * width, (0.8, 0.96), 0.01), 'transformer.wte.weight': (0.3 * width, (0.8, 0.995), 0.001),
                 'transformer.value_embeds.2.weight': (0.15 * width, (0.8, 0.995), 0.01), 'transformer.resid_lambdas': (0.005, (0.8, 0.95), 0.05),
                 'transformer.x0_lambdas': (0.5, (0.96, 0.95), 0), 'transformer.smear_gate.weight': (0.2, (0.8, 0.95), 0), 'transformer.smear_lambda': (0.2, (0.8, 0.95), 0),
-                'transformer.backout_lambda': (0.2, (0.8, 0.95), 0), 'transformer.h.1.attn.ve_gate.weight': (0.005, (0.8, 0.95), 0)}  # FACTS 2.3
+                'transformer.backout_lambda': (0.2, (0.8, 0.95), 0), 'transformer.h.1.attn.ve_gate.weight': (0.005, (0.8, 0.95), 0)}  # the reference system, 2026
     for name, (lr, betas, decay) in expected.items():
         assert (of[name]['initial_lr'], of[name]['betas'], of[name]['weight_decay']) == (pytest.approx(2 * lr), betas, decay), name
     assert len(groups['matrices']['params']) == 3 * 6 and groups['matrices']['initial_lr'] == 0.04
