@@ -8,7 +8,7 @@ __all__ = ['RULES', 'POLYNOMIALS', 'COLOURS', 'nesterov', 'adam', 'simple_newton
            'group_of_cases', 'lr_multiplier_cases', 'adamw_update', 'muon_update', 'train_with', 'spectrum_html',
            'SingularValues', 'turned', 'race_bowl', 'race_html', 'OptimizerRace']
 
-# %% ../nbs/28_lesson_muon.ipynb #7e4e5d15
+# %% ../nbs/28_lesson_muon.ipynb #bd120252
 import html, math, random
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .gpt import GPT, GPTConfig
-from .lesson import Habit, Mutant, Twin, difference, exercise, pages_html
+from .lesson import Habit, Mutant, Twin, exercise, pages_html
 from .muon import KINDS, QUINTICS, Schedule, lr_multiplier, newton_schulz, set_rates, step_together
 
 # %% ../nbs/28_lesson_muon.ipynb #8c6a2977
@@ -107,7 +107,7 @@ def best_rate(
         return losses[-1] if all(value <= 2 * losses[0] for value in losses) else math.inf   # not a number: not <=
     return min(rates, key=end)
 
-# %% ../nbs/28_lesson_muon.ipynb #ff5a332c
+# %% ../nbs/28_lesson_muon.ipynb #e49db53a
 def _random(rng: random.Random) -> torch.Generator:
     "Tensors that depend on the check's seed"
     return torch.Generator().manual_seed(rng.randrange(2**31))
@@ -123,15 +123,12 @@ def nesterov_cases(rng: random.Random) -> Iterator[tuple]:
 _mean, _ahead = 'mean = keep * mean + (1 - keep) * grad', 'return mean, keep * mean + (1 - keep) * grad'
 exercise('lesson_muon.nesterov', nesterov_cases,
     mutants=(
-        Mutant('no look ahead', _ahead, 'return mean, mean', 'This is plain momentum: you go along the mean itself. Nesterov mixes the fresh gradient in once more: keep · new mean + (1 - keep) · gradient.'),
+        Mutant('no look ahead', _ahead, 'return mean, mean', 'This is plain momentum: you go along the new mean itself, or you look ahead from the OLD mean, which gives the new mean again. Nesterov mixes the fresh gradient into the new one: keep · new mean + (1 - keep) · gradient.'),
         Mutant('sum', _mean, 'mean = keep * mean + grad', 'The gradient goes into the mean with its full weight, so the mean grows to many times a gradient. Its share is 1 - keep: the two weights sum to 1.'),
         Mutant('weights exchanged', _mean, 'mean = (1 - keep) * mean + keep * grad', 'Your weights have changed places: `keep` is the share of the OLD mean.'),
         Mutant('order', _ahead, 'return keep * mean + (1 - keep) * grad, mean', 'The two results are in the wrong order: first the new mean, then the direction.'),
         Mutant('full gradient ahead', _ahead, 'return mean, keep * mean + grad', 'The look ahead is a mean as well: keep · mean + (1 - keep) · gradient. You add the whole gradient.')),
-    habits=(
-        Habit('old mean', lambda got, want, args: isinstance(got, tuple) and len(got) == 2 and not difference(got, (want[0], want[0])),
-              'You look ahead from the OLD mean, which gives the new mean again. Compute the new mean first, and mix the gradient into that.'),
-        Habit('one result', lambda got, want, args: hasattr(got, 'shape'), 'One tensor came back. Return two: the new mean, which has to be remembered, and the direction.')))
+    habits=(Habit('one result', lambda got, want, args: hasattr(got, 'shape'), 'One tensor came back. Return two: the new mean, which has to be remembered, and the direction.'),))
 
 # %% ../nbs/28_lesson_muon.ipynb #343c5e19
 def adam_cases(rng: random.Random) -> Iterator[tuple]:
@@ -229,7 +226,7 @@ exercise('muon.group_of', group_of_cases,
     habits=(Habit('optimizer', lambda got, want, args: got in ('Muon', 'AdamW', 'muon', 'adamw'), 'You return the optimizer. Return the group: the library has several groups for AdamW, each with a rate of its own.'),
             Habit('block kinds', lambda got, want, args: args[0].startswith('transformer.h.') and got is None, 'Nothing came back for a parameter of a block. Ask for those first, before the loop over KINDS.')))
 
-# %% ../nbs/28_lesson_muon.ipynb #eb1c1cac
+# %% ../nbs/28_lesson_muon.ipynb #7f8117e4
 def lr_multiplier_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for lr_multiplier: the step, and how many there are"
     yield from [(0, 10), (5, 10), (8, 10), (9, 10), (10, 10), (80, 100), (81, 100), (90, 100), (99, 100)]
@@ -245,8 +242,7 @@ exercise('muon.lr_multiplier', lr_multiplier_cases,
         Mutant('rises', 'left = (num_steps - step) / falling', 'left = 1 - (num_steps - step) / falling', 'The rate jumps to 0 and rises again. What is left of the way goes from 1 to 0: (num_steps - step) / length of the fall.'),
         Mutant('jumps', '/ falling', '/ num_steps', 'The rate jumps down where the fall begins. Divide by the length of the fall, not by the length of the whole run.'),
         Mutant('one early', '(num_steps - step) / falling', '(num_steps - step - 1) / falling', 'The rate reaches 0 one step too early, so the last step does nothing. Steps are counted from 0: the last is num_steps - 1.'),
-        Mutant('a cliff', 'return left + (1 - left) * final', 'return 0.0', 'The rate drops to 0 at once. It has to fall in a straight line.')),
-    habits=(Habit('whole numbers', lambda got, want, args: isinstance(got, int) and not isinstance(got, bool) and 0 < want < 1, 'Only whole numbers come back: `//` cuts off what is behind the point. Divide with `/`.'),))
+        Mutant('a cliff', 'return left + (1 - left) * final', 'return 0.0', 'The rate drops to 0 at once. It has to fall in a straight line. (Do you divide with // ? That cuts off what is behind the point; write /.)')))
 
 # %% ../nbs/28_lesson_muon.ipynb #d8c8dab9
 def adamw_update(self, group: dict, pieces: list) -> None:
@@ -299,9 +295,10 @@ def train_with(
         losses.append(loss.item())
     return model.cpu(), losses
 
-# %% ../nbs/28_lesson_muon.ipynb #a8881952
+# %% ../nbs/28_lesson_muon.ipynb #07d17339
 POLYNOMIALS = dict(Muon=QUINTICS['newton_schulz'], classical=((1.5, -0.5, 0.0),), **{'Polar Express': QUINTICS['polar_express']})
 
+# %% ../nbs/28_lesson_muon.ipynb #42d11691
 def spectrum_html(lengths: list[float], # of each direction
     title: str,
 ) -> str:
@@ -341,7 +338,7 @@ class SingularValues(Twin):
         for control in (name, step): control.observe(draw, 'value')
         return w.VBox([w.HBox([name, step]), view])
 
-# %% ../nbs/28_lesson_muon.ipynb #903acb32
+# %% ../nbs/28_lesson_muon.ipynb #02c865cb
 def turned(degrees: float) -> Tensor: # (2, 2)
     "A turn of the plane"
     angle = math.radians(degrees)
@@ -354,6 +351,7 @@ def race_bowl(degrees: float, # between the bowl's directions and the numbers of
     R, D = turned(degrees), torch.diag(torch.tensor([1.0, steepness]))
     return lambda W: (D @ R.mT @ W).square().sum() / 2, R @ torch.diag(torch.tensor([-4.0, 1.0])) @ R.mT
 
+# %% ../nbs/28_lesson_muon.ipynb #14c226fa
 COLOURS = dict(SGD='#607d8b', momentum='#1565c0', Adam='#2e7d32', Muon='#e65100')
 
 def race_html(paths: dict, # name -> list of (x, y) so far
