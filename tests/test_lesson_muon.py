@@ -156,6 +156,8 @@ def test_little_model_repeats_itself_and_takes_schedule_and_seed():
     ids = [1, 2, 3, 4, 5, 6, 7] * 20
     def end(**options): return lesson_muon.train_with(make_optimizers, ids, 8, steps=6, length=16, **options)[1][-1]
     assert end() == end() and end() < 1.5 and end(seed=1) != end()
+    first = [lesson_muon.train_with(make_optimizers, ids, 8, steps=0, length=16, seed=seed)[0].transformer.wte.weight for seed in (0, 1)]
+    assert not torch.equal(*first)   # other first weights, too
     assert end(schedule=lambda step, steps: 0.0) > 2   # rates of 0: nothing is learned
 
 
@@ -163,7 +165,11 @@ def test_walk_on_a_bowl_by_hand_and_best_rate_leaves_out_what_explodes():
     bowl, start = lambda p: (p**2 * torch.tensor([1., 50.])).sum() / 2, torch.tensor([-4., 1.])
     path, losses = lesson_muon.descend(bowl, start, lesson_muon.sgd_rule, .02, 2)
     assert torch.allclose(path, torch.tensor([[-4., 1.], [-3.92, 0.], [-3.8416, 0.]]), atol=1e-5) and losses[0] == 33
+    slower = lesson_muon.descend(bowl, start, lesson_muon.sgd_rule, .02, 1, lambda step, steps: .5)[0]
+    assert torch.allclose(slower[1], torch.tensor([-3.96, .5]), atol=1e-5)
     assert lesson_muon.best_rate(bowl, start, lesson_muon.sgd_rule, 30) == 2**-5   # 2**-4 jumps out: above 2/50
+    mercy = lambda step, steps: 1.0 if step < 5 else .25   # brings 0.08 back, after it was thrown out
+    assert lesson_muon.best_rate(bowl, start, lesson_muon.sgd_rule, 30, mercy, (.08, .01)) == .01
 
 
 # --- widgets ---------------------------------------------------------------------------------------------------------
@@ -214,6 +220,7 @@ def test_race_is_run_by_the_rules_and_its_sliders_show_a_page(race):
     assert view.value == race.page(0, 0)
     step.value = 8
     assert view.value == race.page(8, 0) and view.value in race.static()
+    assert [len(points.split()) for points in re.findall('polyline points="([^"]*)"', view.value)] == [9] * 8   # four paths, four losses
     angle.value = 45
     for name, rate in race.rates[45].items(): sliders[name].value = rate
     assert view.value == race.page(8, 45) and view.value in race.static()
