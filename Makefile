@@ -47,7 +47,7 @@ chat: setup
 
 docs: setup
 	@command -v quarto >/dev/null || { echo "quarto is missing: install it from https://quarto.org/docs/get-started, then: make docs"; exit 1; }
-	$(BIN)/nbdev_docs
+	quarto render
 
 # Ratios against named peers; on your own text with: make bench TEXT="a.jsonl b.txt"
 bench: setup

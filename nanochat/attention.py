@@ -220,8 +220,8 @@ def remember(self:KVCache,
     ids[rows, positions] = idx
     return ids[rows, last], last >= 0
 
-# %% ../nbs/05_attention.ipynb #01228e3c
-GATE_CHANNELS = 12 # of the layer's input, from which the gate of the value embedding is computed (FACTS 2.2)
+# %% ../nbs/05_attention.ipynb #964e1ac9
+GATE_CHANNELS = 12 # of the layer's input, from which the gate of the value embedding is computed, as in the reference system
 
 class CausalSelfAttention(nn.Module):
     "Project, rotate, normalise, look back, project"

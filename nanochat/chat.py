@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'COMMANDS', 'best_stage', 'open_engine', 'fit_messages', 'Chat', 'run_command', 'say', 'converse',
-           'build_parser', 'main']
+           'keep_lines', 'build_parser', 'main']
 
-# %% ../nbs/20_chat.ipynb #5e6511e7
-import argparse, json, os, secrets, sys, traceback
+# %% ../nbs/20_chat.ipynb #dcfe6d1c
+import argparse, atexit, contextlib, json, os, secrets, sys, traceback
 from typing import Iterator
 
 from .checkpoint import load_model, step_folders
-from .common import NanochatError, Run, in_notebook, pick_device, write_atomic
+from .common import NanochatError, Run, home, in_notebook, pick_device, write_atomic
 from .engine import Engine, TextStream
 from .tasks import tool_parts
 from .tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def run_command(
     if name not in COMMANDS: return f"/{name}: unknown; /help shows what there is"
     return COMMANDS[name](chat, argument.strip())
 
-# %% ../nbs/20_chat.ipynb #c3652874
+# %% ../nbs/20_chat.ipynb #0495230e
 _CONTROLS = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"} # Unicode's category Cc
 
 def say(chat: Chat, text: str) -> None:
@@ -146,8 +146,6 @@ def say(chat: Chat, text: str) -> None:
 
 def converse(chat: Chat) -> None:
     "Read lines and answer them until /exit or the end of the input"
-    try: import readline # arrow keys and history, where the system has it
-    except ImportError: readline = None
     while True:
         try: line = input("you: ").strip()
         except EOFError: print(); return
@@ -162,7 +160,18 @@ def converse(chat: Chat) -> None:
         except NanochatError as error: print(f"({error})")
         if chat.left_out: print(f"(the first {chat.left_out} messages no longer fit and were left out)")
 
-# %% ../nbs/20_chat.ipynb #9c0ab615
+# %% ../nbs/20_chat.ipynb #722c1152
+def keep_lines(
+    path: str, # of a file that need not exist yet
+) -> None:
+    "Arrow keys, and the lines of earlier conversations, where the system has readline"
+    try: import readline
+    except ImportError: return
+    with contextlib.suppress(OSError): readline.read_history_file(path)
+    readline.set_history_length(1000)
+    atexit.register(readline.write_history_file, path)
+
+# %% ../nbs/20_chat.ipynb #e5a73444
 def build_parser() -> argparse.ArgumentParser:
     "The command line"
     parser = argparse.ArgumentParser(prog="python -m nanochat.chat", description="Talk to a trained model", allow_abbrev=False)
@@ -188,6 +197,7 @@ def main(argv: list[str] | None = None) -> int: # argv: words of the command lin
         if args.prompt is not None or not sys.stdin.isatty(): say(chat, sys.stdin.read().strip() if args.prompt is None else args.prompt)
         else:
             print(f"run {run.name}, stage {stage}; /help for help")
+            keep_lines(home() / "chat_history")
             converse(chat)
     except NanochatError as error:
         if args.debug: traceback.print_exc()

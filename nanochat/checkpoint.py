@@ -9,7 +9,7 @@ __all__ = ['SAFETENSORS_TYPES', 'NO_FILE', 'tensor_bytes', 'write_tensors', 'rea
            'verify_checkpoint', 'last_checkpoint', 'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model',
            'describe_checkpoint', 'describe_run', 'main']
 
-# %% ../nbs/08_checkpoint.ipynb #000f2eb5
+# %% ../nbs/08_checkpoint.ipynb #8034e56e
 import argparse, contextlib, hashlib, json, math, os, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
@@ -100,7 +100,7 @@ def remove_leftovers(stage_dir: str | Path) -> list[str]: # names removed
         else: shutil.rmtree(path)
     return [path.name for path in found]
 
-# %% ../nbs/08_checkpoint.ipynb #f0c464cf
+# %% ../nbs/08_checkpoint.ipynb #613f77cb
 def publish(
     temporary: Path, # folder that holds every other file, flushed
     final: Path, # its name from now on
@@ -117,6 +117,7 @@ def publish(
     folder_sync(final.parent)
     if aside: shutil.rmtree(aside)
 
+# %% ../nbs/08_checkpoint.ipynb #57a2b396
 def best_checkpoint(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
     measure: str, # name of a measurement, the lower the better
@@ -337,7 +338,7 @@ def load_model(
     model = GPT(config, compute_dtype=pick_dtype(device))
     return model.to(device).eval(), tokenizer, load_checkpoint(path, model, verify=False)
 
-# %% ../nbs/08_checkpoint.ipynb #08d58302
+# %% ../nbs/08_checkpoint.ipynb #4e52f4b7
 def describe_checkpoint(
     path: Path, # checkpoint folder
 ) -> dict: # stage, step, tokens, measured, processes, parameters, MB, saved, whole
@@ -370,6 +371,6 @@ def main(argv: list[str] | None = None) -> None:
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells: print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
-# %% ../nbs/08_checkpoint.ipynb #955ffae5
+# %% ../nbs/08_checkpoint.ipynb #a0c69346
 #| eval: false
 if __name__ == "__main__" and not in_notebook(): main()

@@ -7,9 +7,10 @@ __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha
            'pick_dtype', 'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup',
            'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections', 'load_profile', 'describe_machine',
            'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value', 'build_parser', 'resolve_options',
-           'Stage', 'in_notebook', 'stage', 'torchrun', 'stage_command', 'die_with_parent', 'launch', 'parse_override']
+           'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command', 'die_with_parent', 'launch',
+           'parse_override']
 
-# %% ../nbs/00_common.ipynb #cd158ef5
+# %% ../nbs/00_common.ipynb #6e6c093a
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, sys, time, traceback
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -129,7 +130,7 @@ class Compute:
         "Wait until every process has come here"
         if self.world_size > 1: dist.barrier()
 
-# %% ../nbs/00_common.ipynb #65b88a13
+# %% ../nbs/00_common.ipynb #f2b6498c
 def get_dist_info() -> tuple[int, int, int]:
     "Rank, local rank and world size, from the variables that `torchrun` sets"
     return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -295,7 +296,7 @@ def data_root(self: Run) -> Path:
         raise NanochatError(f"run '{self.name}': it has no data yet; run first: python -m nanochat.dataset --run {self.name}")
     return Path(root)
 
-# %% ../nbs/00_common.ipynb #6efbc0b5
+# %% ../nbs/00_common.ipynb #35d0b466
 TRACKERS = "wandb", "trackio" # both are used alike: init, then log
 
 @cache
@@ -364,7 +365,7 @@ def lock(self: Run):
         try: yield
         finally: f.truncate(0)
 
-# %% ../nbs/00_common.ipynb #def1ea7a
+# %% ../nbs/00_common.ipynb #947a721b
 def stage_options(func) -> dict[str, dict]:
     "Options of a stage, from its signature: name → default, type and help"
     notes = docments(func, full=True)
@@ -384,7 +385,8 @@ def parse_value(name: str, text: str, kind: type):
 
 def build_parser(func, stage_name: str) -> argparse.ArgumentParser:
     "The command line of a stage"
-    parser = argparse.ArgumentParser(prog=f"python -m {func.__module__}", description=f"Stage {stage_name}: {func.__doc__ or ''}", allow_abbrev=False)
+    spec = sys.modules[func.__module__].__spec__  # __main__ knows its real name only here
+    parser = argparse.ArgumentParser(prog=f"python -m {spec.name if spec else func.__module__}", description=f"Stage {stage_name}: {func.__doc__ or ''}", allow_abbrev=False)
     parser.add_argument("--run", required=True, help="name of the run, a folder under $NANOCHAT_HOME/runs")
     parser.add_argument("--profile", default=None, help="profile that sets the options (default: the run's own, else kindergarten)")
     parser.add_argument("--all", default="{}", metavar="DICT", help="options of every stage that has them, as in {seed: 1}")
@@ -428,7 +430,7 @@ class Stage:
         try: return self.execute(run, profile, name, values, compute)
         finally: compute_cleanup()
 
-# %% ../nbs/00_common.ipynb #6b5b839c
+# %% ../nbs/00_common.ipynb #a6b6b01a
 @patch(as_prop=True)
 def section(self: Stage) -> str:
     "The stage's key in a profile: its name up to the option in it, as in `eval_{stage}` → `eval`"
@@ -491,16 +493,17 @@ def stage(
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
 
-# %% ../nbs/00_common.ipynb #86e72dc0
-def torchrun(
+# %% ../nbs/00_common.ipynb #21b6d816
+def module_command(
     nproc: int, # processes on this machine
 ) -> list[str]: # first words of a command
-    "Start a module in several processes: of this machine, or also of others where NNODES, NODE_RANK and MASTER_ADDR say so"
+    "What starts a module: Python alone, or torchrun where there are several processes, of this machine or also of others (NNODES, NODE_RANK and MASTER_ADDR say so)"
     nodes = os.environ.get("NNODES") or "1"
+    if nodes == "1" and nproc == 1: return [sys.executable, "-m"]
     if nodes == "1": where = ["--standalone"]
     else:
         missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not os.environ.get(name)]
-        if missing: raise NanochatError(f"NNODES={nodes}, but {missing[0]} is not set; set it on every node, see the README")
+        if missing: raise NanochatError(f"NNODES={nodes}, but {missing[0]} is not set; set it on every node, see howto/several_nodes.md")
         where = [f"--nnodes={nodes}", f"--node-rank={os.environ['NODE_RANK']}", f"--master-addr={os.environ['MASTER_ADDR']}", f"--master-port={os.environ.get('MASTER_PORT', '29500')}"]
     return [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={nproc}", "-m", "--"]  # without the dashes torchrun takes --run for one of its own
 
@@ -512,10 +515,10 @@ def stage_command(
     **options, # the stage's options
 ) -> list[str]:
     "The command line that runs a stage"
-    start = [sys.executable, "-m"] if nproc == 1 and (os.environ.get("NNODES") or "1") == "1" else torchrun(nproc)
     words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), json.dumps(v) if isinstance(v, (dict, list, bool)) else str(v))]
-    return start + [f"nanochat.{module}", "--run", run, "--profile", str(profile)] + words
+    return [*module_command(nproc), f"nanochat.{module}", "--run", run, "--profile", str(profile), *words]
 
+# %% ../nbs/00_common.ipynb #5f67f178
 def die_with_parent() -> None:
     "On Linux, ask the kernel to kill this process when the one that started it dies"
     PR_SET_PDEATHSIG, SIGKILL = 1, 9  # sys/prctl.h
@@ -532,7 +535,7 @@ def launch(
     import subprocess
     command = stage_command(module, run, profile, nproc, **options)
     print("$ " + " ".join(["torchrun", *command[3:]] if "torch.distributed.run" in command else ["python", *command[1:]]), flush=True)
-    errors, failed = [], False
+    errors = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent,
                           env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:
         for line in process.stdout:

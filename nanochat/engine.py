@@ -7,10 +7,10 @@ __all__ = ['WORTH_REUSING', 'scatter_bits', 'sample_key', 'uniform', 'odds', 'wa
            'log_probabilities', 'Settings', 'Sample', 'Row', 'Engine', 'shared_length', 'Memory', 'Reading',
            'TextStream', 'readable_text']
 
-# %% ../nbs/14_engine.ipynb #36a0c958
+# %% ../nbs/14_engine.ipynb #ac1ed74a
 import codecs, copy, math
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import islice, takewhile
 from typing import Iterator
 
@@ -25,7 +25,7 @@ from .gpt import GPT
 from .tokenizer import Tokenizer
 from .tools import calculator
 
-# %% ../nbs/14_engine.ipynb #f5ef4642
+# %% ../nbs/14_engine.ipynb #2498d0b3
 def scatter_bits(
     x: np.ndarray, # (…,) uint64
 ) -> np.ndarray: # (…,) uint64
@@ -34,6 +34,7 @@ def scatter_bits(
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+# %% ../nbs/14_engine.ipynb #f1c3641b
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15) # 2⁶⁴ / golden ratio: the step of the counter
 
 def sample_key(
@@ -44,6 +45,7 @@ def sample_key(
     for number in numbers: key = scatter_bits(key + _GOLDEN + np.uint64(number % 2**64))
     return int(key[0])
 
+# %% ../nbs/14_engine.ipynb #e50dccbd
 def uniform(
     keys: np.ndarray, # (B,) uint64
     steps: np.ndarray, # (B,) int64
@@ -105,7 +107,7 @@ def choose_tokens(
         tokens[here] = (some.argmax(-1) if kind == 0 else walk(some, dials[here], noise[here])).cpu()
     return tokens
 
-# %% ../nbs/14_engine.ipynb #4ee09066
+# %% ../nbs/14_engine.ipynb #986aaad9
 def penalise(
     logits: Tensor, # (B, V) float32
     seen: Tensor, # (B, V) bool, tokens in the text so far
@@ -115,6 +117,7 @@ def penalise(
     penalty = torch.as_tensor(penalty, dtype=logits.dtype, device=logits.device)[:, None]
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
+# %% ../nbs/14_engine.ipynb #b5c443e7
 def log_probabilities(
     logits: Tensor, # (B, V) float32
     tokens: np.ndarray, # (B,) the chosen ones
@@ -126,7 +129,7 @@ def log_probabilities(
     chosen = logs.gather(1, torch.as_tensor(tokens, device=logs.device)[:, None])[:, 0]
     return chosen.tolist(), ids.tolist(), values.tolist()
 
-# %% ../nbs/14_engine.ipynb #1cb93d41
+# %% ../nbs/14_engine.ipynb #edb1f5ae
 @dataclass
 class Settings:
     "How one request wants its answers; raises `NanochatError` for a value that makes no sense"
@@ -138,6 +141,7 @@ class Settings:
     repetition_penalty: float = 1.0 # above 1: tokens that are in the text already become less likely
     stop: str | list[str] | tuple[str, ...] = () # texts that end the answer
     logprobs: int | None = None # record each token's log-probability, and those of so many of the likeliest; None: record nothing
+    echo: bool = False # with logprobs: record those of the prompt's tokens, too
     seed: int = 42
     tools: bool = True # answer calls of the calculator
 
@@ -151,7 +155,7 @@ class Settings:
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None, or 0 or more")):
             if not good: raise NanochatError(f"settings: {name} is {getattr(self, name)!r}; it must be {wanted}")
 
-# %% ../nbs/14_engine.ipynb #88588d47
+# %% ../nbs/14_engine.ipynb #d58b9436
 @dataclass
 class Sample:
     "One continuation of a prompt"
@@ -161,6 +165,8 @@ class Sample:
     stopped: str | None = None # the stop text that ended it; `ids` still hold it, `readable_text(tokenizer, ids, stop)` ends before it
     logprobs: list[float] = field(default_factory=list) # of each id, in nats, if they were wanted
     likeliest: list[dict[int, float]] = field(default_factory=list) # at each id, the likeliest ids and their log-probabilities
+    prompt_logprobs: list[float] = field(default_factory=list) # of each of the prompt's ids but the first, if an echo was wanted
+    prompt_likeliest: list[dict[int, float]] = field(default_factory=list)
 
 class Row(Sample):
     "A sample in the making: where it stands and what it still needs"
@@ -170,13 +176,13 @@ class Row(Sample):
         super().__init__()
         self.prompt, self.key, self.limit, self.settings, self.remember = prompt, key, limit, settings, remember
         self.forced, self.done, self.text = deque(), limit < 1, text # text: watches for stop texts
-        self.source = None # where the prompt, once read, waits: (cache, row)
+        self.source, self.ended = None, [] # source: where the prompt, once read, waits: (cache, row); ended: the stop token, its mask and log-probabilities
 
     def sample(self) -> Sample:
         "What the caller gets"
-        return Sample(self.ids, self.mask, self.finished, self.stopped, self.logprobs, self.likeliest)
+        return Sample(**{f.name: getattr(self, f.name) for f in fields(Sample)})
 
-# %% ../nbs/14_engine.ipynb #2bc254f4
+# %% ../nbs/14_engine.ipynb #4ded7589
 _STATE = np.dtype([("token", "i8"), ("key", "u8"), ("step", "i8"), ("limit", "i8"), ("temperature", "f4"), ("top_k", "i8"),
                    ("top_p", "f4"), ("min_p", "f4"), ("penalty", "f4"), ("logprobs", "i8"), ("watched", "?"), ("forced", "?")])
 
@@ -195,6 +201,7 @@ class Engine:
         self.max_len, self.device = max_len or model.config.sequence_len, model.device
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else model.compute_dtype)
         self.weights, self.cache, self.prefill_tokens = None, None, 2048 if self.device.type == "cpu" else 8192 # most tokens, with padding, read in one pass
+        self.piece_tokens = math.inf # most tokens read between two tokens of the rows at work
         self.state, self.rows, self.holes, self.waiting = np.zeros(max_batch, _STATE), [], [], deque() # rows[i] is in slot i; holes: slots whose row has ended
         self.seen, self.reading, self.probe = None, None, None # seen: tokens of each slot's text, if a penalty asks
         self.memory, self.counts = Memory(4 * self.max_len if memory_tokens is None else memory_tokens), Counter() # counts: tokens read, reused, shared, written
@@ -209,7 +216,7 @@ class Engine:
         "Whether any row is at work or waiting"
         return bool(self.waiting) or len(self.holes) < len(self.rows)
 
-# %% ../nbs/14_engine.ipynb #8964c1de
+# %% ../nbs/14_engine.ipynb #3bc7132e
 @patch
 def refresh(self: Engine) -> None:
     "Take the model's present weights: as they are where their format fits, else cast into a copy"
@@ -229,7 +236,20 @@ def _probe(self: Engine) -> Tensor: # (numbers,) float32
     changes = torch.tensor([0 if p.is_inference() else p._version for p in weights], dtype=torch.float32, device=self.device)
     return torch.cat([changes, *(p.flatten()[::max(1, p.numel() // 64)].float() for p in weights)])
 
-# %% ../nbs/14_engine.ipynb #ae4fd3ca
+# %% ../nbs/14_engine.ipynb #e77e3342
+@patch
+def check(self: Engine,
+    prompt: list[int], # token ids
+    index: int = 0, # number of the prompt
+) -> None:
+    "Raise `NanochatError` if a prompt is empty, too long or has unknown tokens"
+    if not prompt: raise NanochatError(f"prompt {index}: it has no tokens; begin it with <|bos|>")
+    if len(prompt) > self.max_len:
+        raise NanochatError(f"prompt {index}: {len(prompt)} tokens do not fit the cache of {self.max_len}; shorten it, or make the Engine with a larger max_len")
+    known = min(len(self.notable), self.tokenizer.vocab_size) # the model's table may be longer
+    for token in (min(prompt), max(prompt)):
+        if not 0 <= token < known: raise NanochatError(f"prompt {index}: has token {token}, but the model knows {known}")
+
 @patch
 def submit(self: Engine,
     prompt: list[int], # token ids
@@ -239,13 +259,10 @@ def submit(self: Engine,
     remember: bool = True, # keep the text when it ends, for prompts that begin alike
     **settings, # the other fields of `Settings`
 ) -> list[Row]:
-    "Put a prompt in line; raises `NanochatError` if it is empty, too long or has unknown tokens, or for senseless settings"
+    "Put a prompt in line; raises `NanochatError` for one that `check` refuses, or for senseless settings"
     settings = Settings(max_tokens, **settings)
-    if not prompt: raise NanochatError(f"prompt {index}: it has no tokens; begin it with <|bos|>")
-    if len(prompt) > self.max_len:
-        raise NanochatError(f"prompt {index}: {len(prompt)} tokens do not fit the cache of {self.max_len}; shorten it, or make the Engine with a larger max_len")
-    for token in (min(prompt), max(prompt)):
-        if not 0 <= token < len(self.notable): raise NanochatError(f"prompt {index}: has token {token}, but the model knows {len(self.notable)}")
+    self.check(prompt, index)
+    if settings.echo: prompt = list(prompt) # shared with nobody, so read from its beginning
     limit = min(max_tokens, self.max_len - len(prompt) + 1) # the last token is never read again
     def watch(): return TextStream(self.tokenizer, settings.stop) if settings.stop else None
     rows = [Row(prompt, sample_key(settings.seed, index, i), limit, settings, remember and i == 0, watch()) for i in range(samples)]
@@ -286,7 +303,7 @@ class Memory:
         self.texts.append((ids, cache))
         while sum(len(known) for known, _ in self.texts) > self.limit: self.texts.pop(0)
 
-# %% ../nbs/14_engine.ipynb #59574b6d
+# %% ../nbs/14_engine.ipynb #f0f69dfd
 class Reading:
     "Prompts on their way into a cache of their own, a piece at a time"
     def __init__(self): self.start, self.new, self.at, self.groups, self.plan = 0, 0, 0, {}, [] # tokens known at most, new at most, read of the new
@@ -300,7 +317,7 @@ def _gather(self: Engine) -> Reading:
         if id(row.prompt) in found.groups: found.groups[id(row.prompt)].append(row); continue
         body, n = np.array(row.prompt[:-1]), len(found.plan)
         if n == self.max_batch: break
-        known, text = self.memory.longest(body)
+        known, text = (0, None) if row.settings.echo else self.memory.longest(body)
         start, new = max(found.start, known), max(found.new, len(body) - known)
         if n and ((n + 1) * new > self.prefill_tokens or start + new > self.max_len): break
         found.start, found.new = start, new
@@ -322,15 +339,17 @@ def _open(self: Engine, reading: Reading) -> Reading:
     self.counts.update(read=sum(map(len, bodies)) - sum(known), reused=sum(known))
     return reading
 
-# %% ../nbs/14_engine.ipynb #3d1554b1
+# %% ../nbs/14_engine.ipynb #9cf4abd2
 @patch
-def _prefill(self: Engine) -> None:
+def _prefill(self: Engine,
+    tokens: int, # at most, with padding
+) -> None:
     "Read one piece of the prompts in line; those that are read to their end may join"
     if self.reading is None or all(row.done for rows in self.reading.groups.values() for row in rows):
         self.reading = self._open(self._gather())
     reading = self.reading
-    piece = reading.ids[:, reading.at:reading.at + max(1, self.prefill_tokens // len(reading.ids))]
-    if piece.size(1): self.weights.hidden(piece, cache=reading.cache) # no logits: nobody needs them
+    piece = reading.ids[:, reading.at:reading.at + max(1, tokens // len(reading.ids))]
+    if piece.size(1): self._echo(reading, self.weights.hidden(piece, cache=reading.cache))
     reading.at += piece.size(1)
     if reading.at < reading.new: return
     reading.cache.lengths.copy_(reading.lengths)
@@ -339,13 +358,23 @@ def _prefill(self: Engine) -> None:
         for row in rows: row.source = reading.cache, i
     self.reading = None
 
-# %% ../nbs/14_engine.ipynb #43c4377f
+@patch
+def _echo(self: Engine, reading: Reading, states: Tensor) -> None: # states: (N, T, C)
+    "Note the log-probabilities of the prompts' tokens for the rows that want them; nobody else needs logits here"
+    for state, rows in zip(states, reading.groups.values()):
+        s, wanted = rows[0].settings, rows[0].prompt[1:][reading.at:reading.at + len(state)]
+        if not s.echo or s.logprobs is None or not wanted: continue
+        found = log_probabilities(self.weights.logits(state[:len(wanted)])[:, :self.tokenizer.vocab_size], np.array(wanted), s.logprobs)
+        for row in rows:
+            for chosen, ids, values in zip(*found): row.prompt_logprobs.append(chosen); row.prompt_likeliest.append(dict(zip(ids, values)))
+
+# %% ../nbs/14_engine.ipynb #bd8619ab
 @patch
 def _make_room(self: Engine) -> None:
     "Let the cache grow to what the rows at work and in line will need"
     wanted = [*self.rows, *self.waiting]
     longest = max(len(row.prompt) + row.limit - 1 for row in wanted)
-    slots, width = min(self.max_batch, len(wanted)), min(self.max_len, -(-longest // 64) * 64)
+    slots, width = min(self.max_batch, 1 << (len(wanted) - 1).bit_length()), min(self.max_len, -(-longest // 64) * 64)
     old = self.cache
     if old is not None and len(old.lengths) >= slots and old.max_len >= width: return
     if old is not None: slots, width = max(slots, len(old.lengths)), max(width, old.max_len)
@@ -384,7 +413,7 @@ def _move(self: Engine, slot: int, to: int) -> None:
     self.state[to], self.rows[to] = self.state[slot], self.rows[slot]
     if self.seen is not None: self.seen[to] = self.seen[slot]
 
-# %% ../nbs/14_engine.ipynb #69eb514e
+# %% ../nbs/14_engine.ipynb #0225fe91
 @patch
 def _admit(self: Engine) -> None:
     "Let waiting rows into free slots, then close the gaps"
@@ -394,7 +423,7 @@ def _admit(self: Engine) -> None:
         first = self.waiting[0]
         if first.source is None and len(first.prompt) > 1:
             if others_wait and pieces: break
-            self._prefill()
+            self._prefill(min(self.prefill_tokens, self.piece_tokens) if others_wait else self.prefill_tokens)
             pieces += 1
             continue
         slots = [*self.holes, *range(len(self.rows), self.max_batch)]
@@ -461,13 +490,13 @@ def step(self: Engine) -> tuple[list[Row], list[int], list[int]]: # rows that to
     for i in np.flatnonzero(happened).tolist(): self._notice(i, rows[i], words[i], masks[i])
     return rows, words, masks
 
-# %% ../nbs/14_engine.ipynb #3023aff9
+# %% ../nbs/14_engine.ipynb #c9c8e5fb
 @patch
 def _notice(self: Engine, i: int, row: Row, token: int, mask: int) -> None:
     "What happens to row `i` after a stop, the end of a tool call, a forced token, or its last token"
     if token in self.stops:
         row.finished = True
-        for track in (row.ids, row.mask, row.logprobs, row.likeliest): del track[-1:]
+        row.ended = [track.pop() for track in (row.ids, row.mask, row.logprobs, row.likeliest) if track]
     elif token == self.call_end and mask and row.settings.tools and self.call in row.ids:
         start = len(row.ids) - 1 - row.ids[::-1].index(self.call)
         result = calculator(self.tokenizer.decode(row.ids[start + 1:-1]))

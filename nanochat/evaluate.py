@@ -7,7 +7,7 @@ __all__ = ['CHATCORE_TASKS', 'BASE_PROMPTS', 'CHAT_PROMPTS', 'letter_ids', 'prom
            'choose_replies', 'write_replies', 'summarize', 'gather_lists', 'grade', 'chatcore', 'reuse_or',
            'evaluate_bits', 'evaluate_core', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
 
-# %% ../nbs/15_evaluate.ipynb #cd5fa75b
+# %% ../nbs/15_evaluate.ipynb #8a19b496
 import json, math, time
 
 import torch
@@ -54,12 +54,12 @@ def last_logits(
     hidden = model.hidden(ids)                                                                                   # (B, T, C)
     return model.logits(hidden[torch.arange(len(prompts), device=model.device), last])
 
-# %% ../nbs/15_evaluate.ipynb #f4f0bfb0
+# %% ../nbs/15_evaluate.ipynb #664e9062
 def choose_letters(
     model,                      # a GPT
     tokenizer,                  # its Tokenizer
     conversations: list[dict],  # with 'letters'
-    batch_size: int = 8,        # questions in one forward pass (FACTS 1.13)
+    batch_size: int = 8,        # questions in one forward pass, as in the reference system
 ) -> list[str]:                 # one of its letters for each
     "The letter that the model scores highest after each question: argmax over that question's letters only."
     prompts = [prompt_ids(tokenizer, each, 10 * model.config.sequence_len) for each in conversations]  # rotary tables end there
@@ -96,12 +96,12 @@ def choose_replies(
             chosen.append(each['letters'][costs.index(min(costs))])
     return chosen
 
-# %% ../nbs/15_evaluate.ipynb #ac00c9cc
+# %% ../nbs/15_evaluate.ipynb #5dd80143
 def write_replies(
     model,                      # a GPT
     tokenizer,                  # its Tokenizer
     conversations: list[dict],  # the questions
-    max_tokens: int = 512,      # longest reply (FACTS 1.13)
+    max_tokens: int = 512,      # longest reply, as in the reference system
     max_batch: int = 64,        # replies written at a time
 ) -> list[str]:                 # the replies; a call of the tool reads <<2+3=5>>
     "Greedy replies, with the tool."
@@ -111,12 +111,12 @@ def write_replies(
     engine = Engine(model, tokenizer, max_batch=max_batch, max_len=max(map(len, prompts)) + max_tokens)
     return [readable_text(tokenizer, samples[0].ids) for samples in engine.generate(prompts, num_samples=1, max_tokens=max_tokens, temperature=0.0)]
 
-# %% ../nbs/15_evaluate.ipynb #ecdf4b18
+# %% ../nbs/15_evaluate.ipynb #2b96b3ea
 def summarize(
     verdicts: list[bool],   # one a problem
     baseline: float = 0.0,  # accuracy of guessing, 0 … 1
 ) -> dict:                  # accuracy, stderr, n, baseline, centered
-    "Accuracy with its standard error, and centred: 0 for guessing, 1 for everything right (FACTS 1.13)."
+    "Accuracy with its standard error, and centred: 0 for guessing, 1 for everything right."
     n = len(verdicts)
     if not n: raise NanochatError('no problem to grade: raise max_problems')
     accuracy = sum(verdicts) / n
@@ -158,8 +158,8 @@ def grade(
     return dict(task=task.name, kind=task.kind, **summarize([e['correct'] for e in examples], task.baseline),
                 seconds=round(time.time() - started, 2), examples=examples)
 
-# %% ../nbs/15_evaluate.ipynb #7425b0b9
-CHATCORE_TASKS = ['ARC-Easy', 'ARC-Challenge', 'MMLU', 'GSM8K', 'HumanEval']  # FACTS 1.13, at launch
+# %% ../nbs/15_evaluate.ipynb #15a8324a
+CHATCORE_TASKS = ['ARC-Easy', 'ARC-Challenge', 'MMLU', 'GSM8K', 'HumanEval']  # of the reference system when it was published
 
 def chatcore(
     results: dict,  # {task: {'centered': …}}
@@ -184,13 +184,13 @@ def reuse_or(
     if compute.is_main and not found: run.write_json(result, 'evals', f'{name}.json')
     return result
 
-# %% ../nbs/15_evaluate.ipynb #913e539e
+# %% ../nbs/15_evaluate.ipynb #32b899e0
 BASE_PROMPTS = ['The capital of France is', 'The chemical symbol of gold is', 'If yesterday was Friday, then tomorrow will be', 'The opposite of hot is',
-                'The planets of the solar system are:', 'My favorite color is', 'If 5*x + 3 = 13, then x is']  # FACTS 1.7
+                'The planets of the solar system are:', 'My favorite color is', 'If 5*x + 3 = 13, then x is']  # the reference system's
 CHAT_PROMPTS = ['Hello! Who are you?', 'What is the capital of France?', 'What is 17 + 25?', 'Tell me a short story.']
 
 def evaluate_bits(run: Run, model, tokenizer, compute: Compute, tokens: int) -> dict:
-    "Bits per byte on training and validation text, and of the unigram model; `tokens` of each (FACTS 1.8)."
+    "Bits per byte on training and validation text, and of the unigram model; `tokens` of each."
     T = model.config.sequence_len
     B = max(1, min(32, tokens // (T * compute.world_size)))
     batches = max(1, tokens // (B * T * compute.world_size))
@@ -209,7 +209,7 @@ def evaluate_core(run: Run, model, tokenizer, compute: Compute, identity: dict, 
     result = dict(core=sum(t['centered'] for t in tasks.values()) / len(tasks), tasks={label: {k: t[k] for k in keep} for label, t in tasks.items()})
     return reuse_or(run, 'base_CORE', {**identity, 'max_per_task': max_per_task}, lambda: result, compute)
 
-# %% ../nbs/15_evaluate.ipynb #77109878
+# %% ../nbs/15_evaluate.ipynb #636605d7
 def base_samples(run: Run, model, tokenizer, prompts: list[str], max_tokens: int = 16) -> list[dict]:
     "How a base model goes on, greedily: from the given beginnings, or the reference system's seven and the first words of three unseen documents."
     if not prompts:
@@ -255,7 +255,7 @@ def evaluate_chat(run: Run, compute: Compute, model, tokenizer, identity: dict, 
     if results: print0(f'ChatCORE {chatcore(results):.4f}')
     return dict(tasks=results, chatcore=chatcore(results) if results else None)
 
-# %% ../nbs/15_evaluate.ipynb #0d9e9391
+# %% ../nbs/15_evaluate.ipynb #dbf77712
 @stage('eval_{stage}', after=('{stage}',))
 def main(run: Run, compute: Compute, *,
          stage: str = 'sft',          # which model: base, mid, sft or rl

@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from .common import NanochatError
 from .attention import norm, rotary_tables, Linear, CausalSelfAttention, KVCache, GATE_CHANNELS
 
-# %% ../nbs/06_gpt.ipynb #01035cb6
-SMEAR_CHANNELS = 24 # of the embedding, from which the gate of smear is computed (FACTS 2.2)
+# %% ../nbs/06_gpt.ipynb #70aa819e
+SMEAR_CHANNELS = 24 # of the embedding, from which the gate of smear is computed, as in the reference system
 
 @dataclass
 class GPTConfig:
@@ -53,8 +53,8 @@ class GPTConfig:
     @property
     def head_dim(self) -> int: return self.n_embd // self.n_head # D
 
-# %% ../nbs/06_gpt.ipynb #5d6a0e67
-RECIPES = dict( # recipe → the fields in which it differs from GPTConfig's defaults (FACTS 1.5 and 2.2)
+# %% ../nbs/06_gpt.ipynb #13558356
+RECIPES = dict( # recipe → the fields in which it differs from GPTConfig's defaults: the reference system in October 2025 and in mid-2026
     classic=dict(),
     modern=dict(rope_base=100000.0, window_pattern='SSSL', qk_scale=1.2, residual_lambdas=True, value_embeddings=True, smear=True, backout=True))
 
@@ -64,7 +64,7 @@ def switched(self:GPTConfig) -> list[str]: # names of fields
     "The switches that are not as in `classic`; other programs cannot be expected to know them"
     return [name for name in RECIPES['modern'] if name != 'rope_base' and getattr(self, name) != getattr(GPTConfig, name)]
 
-# %% ../nbs/06_gpt.ipynb #4336d582
+# %% ../nbs/06_gpt.ipynb #293002e0
 @patch(cls_method=True)
 def from_depth(cls:GPTConfig,
     depth: int, # L: width is 64·depth
@@ -73,7 +73,7 @@ def from_depth(cls:GPTConfig,
     recipe: str = 'classic', # classic or modern: see RECIPES
     **overrides, # any other field of GPTConfig, for example n_embd, n_head, n_kv_head
 ) -> GPTConfig:
-    "The sizes that go with a depth (FACTS 1.5), with the switches of a recipe; raises `NanochatError` for an unknown one"
+    "The sizes that go with a depth, with the switches of a recipe; raises `NanochatError` for an unknown one"
     if recipe not in RECIPES: raise NanochatError(f"model: recipe '{recipe}' is unknown; choose {' or '.join(RECIPES)}")
     overrides = RECIPES[recipe] | overrides
     n_embd = overrides.pop('n_embd', 64 * depth)
@@ -83,10 +83,10 @@ def from_depth(cls:GPTConfig,
     n_kv_head = overrides.pop('n_kv_head', None) or n_head
     return cls(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, **overrides)
 
-# %% ../nbs/06_gpt.ipynb #89bd5c11
+# %% ../nbs/06_gpt.ipynb #ef8c6bd2
 @patch
 def window(self:GPTConfig, layer:int) -> int|None: # tokens that a query of this layer sees, itself included; None: all
-    "A quarter of sequence_len in whole blocks for the layers that window_pattern marks with S (FACTS 2.2)"
+    "A quarter of sequence_len in whole blocks for the layers that window_pattern marks with S"
     if layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == 'L': return None
     block = 128 if self.sequence_len >= 512 else 16
     return math.ceil(self.sequence_len / 4 / block) * block
@@ -117,9 +117,9 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), cos, sin, cache, value)
         return x + self.mlp(norm(x))
 
-# %% ../nbs/06_gpt.ipynb #3fbafc36
+# %% ../nbs/06_gpt.ipynb #fba24242
 class GPT(nn.Module):
-    "A decoder-only transformer (FACTS 1.5), with the switches of FACTS 2.2"
+    "A decoder-only transformer, with the switches of its config"
     def __init__(self,
         config: GPTConfig,
         compute_dtype = torch.float32, # of activations and matrix products; weights stay float32
@@ -171,11 +171,11 @@ def init_weights(self:GPT):
     self.init_switches()
     self.cos, self.sin = rotary_tables(10 * self.config.sequence_len, self.config.head_dim, self.config.rope_base, device=self.device)
 
-# %% ../nbs/06_gpt.ipynb #b9eac8f9
+# %% ../nbs/06_gpt.ipynb #a83ba677
 @patch
 @torch.no_grad()
 def init_switches(self:GPT):
-    "First values of what the switches add (FACTS 2.2)"
+    "First values of what the switches add: those of the reference system"
     c, t = self.config, self.transformer
     if c.residual_lambdas:
         t.resid_lambdas.copy_(torch.linspace(1.15, 1.05, c.n_layer)); t.x0_lambdas.copy_(torch.linspace(0.20, 0.05, c.n_layer))

@@ -6,7 +6,7 @@
 __all__ = ['advantages', 'rollout_row', 'RolloutLoader', 'agrees', 'token_weights', 'k3', 'PolicyTrainer', 'solve_rate',
            'prepare', 'main']
 
-# %% ../nbs/18_grpo.ipynb #1f6efc72
+# %% ../nbs/18_grpo.ipynb #ece552cd
 import copy, hashlib, math
 from functools import partial
 
@@ -19,7 +19,7 @@ from .dataloader import Batch
 from .engine import Engine
 from .muon import lr_multiplier, make_optimizers
 from .tasks import load_task
-from .train import Trainer, cut_batch
+from .train import Trainer, count_supervised, cut_batch
 
 # %% ../nbs/18_grpo.ipynb #4454068e
 def advantages(
@@ -45,7 +45,7 @@ def rollout_row(
     fill = length - len(targets)
     return tokens[:-1] + [pad] * fill, targets + [-1] * fill, [advantage] * len(targets) + [0.0] * fill
 
-# %% ../nbs/18_grpo.ipynb #0c69e35e
+# %% ../nbs/18_grpo.ipynb #3ef5997f
 class RolloutLoader:
     "Batches that the model writes itself: problems → samples → rewards → weighted rows"
     def __init__(self,
@@ -65,13 +65,13 @@ class RolloutLoader:
     ):
         self.model, self.tokenizer, self.task, self.compute = model, tokenizer, task, compute
         self.by_deviation, self.resample = by_deviation, resample
-        self.keep_all, self.uses = False, 1 # rows with advantage 0 keep their targets; how often each micro-batch is dealt out
+        self.keep_all = False # whether rows with advantage 0 keep their targets
         self.examples, self.num_samples, self.batch_size, self.sequence_len = examples_per_step // compute.world_size, num_samples, batch_size, sequence_len or model.config.sequence_len
         self.max_tokens, self.temperature, self.top_k, self.seed = max_tokens, temperature, top_k, seed
         if examples_per_step % compute.world_size or self.examples * num_samples % batch_size:
             raise NanochatError(f"examples_per_step {examples_per_step} × {num_samples} samples: not a multiple of {batch_size} rows × {compute.world_size} processes; change batch_size")
         if resample < 0: raise NanochatError(f"resample {resample}: a number of rounds cannot be negative; 0 switches it off")
-        self.step, self.drawn, self.batches, self.waiting, self.dealt, self.metrics = 0, 0, [], [], 0, {} # drawn: problems of this process so far
+        self.step, self.drawn, self.waiting, self.metrics = 0, 0, [], {} # drawn: problems of this process so far
 
     @property
     def micro_batches(self) -> int:
@@ -82,7 +82,7 @@ class RolloutLoader:
 
     def load_state_dict(self, state: dict) -> None:
         "Go on after a step; an older checkpoint does not say how many problems were drawn"
-        self.step, self.waiting, self.dealt = state["step"], [], 0
+        self.step, self.waiting = state["step"], []
         self.drawn = -(-state["problems"] // self.compute.world_size) if "problems" in state else self.step * self.examples
 
 # %% ../nbs/18_grpo.ipynb #9d112a20
@@ -151,7 +151,7 @@ def watch(self: RolloutLoader, tried: list[tuple]) -> None:
     self.metrics = dict(reward=total / samples, informative=informative / groups, length=tokens / samples, entropy=nats / max(1, chosen))
     if self.resample: self.metrics["replaced"] = int(groups) - self.examples * self.compute.world_size
 
-# %% ../nbs/18_grpo.ipynb #4abc9df2
+# %% ../nbs/18_grpo.ipynb #2ed0e0cb
 @patch
 def roll_out(self: RolloutLoader) -> list[tuple]: # rows of rollout_row
     "Let the model try this step's problems; sets the step's metrics"
@@ -169,11 +169,9 @@ def roll_out(self: RolloutLoader) -> list[tuple]: # rows of rollout_row
 def next_batch(self: RolloutLoader) -> Batch:
     "The next micro-batch; the first of a step makes the step's samples"
     if not self.waiting:
-        if not self.dealt:
-            rows = self.roll_out()
-            self.batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            self.step += 1
-        self.waiting, self.dealt = list(self.batches), (self.dealt + 1) % self.uses
+        rows = self.roll_out()
+        self.waiting = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        self.step += 1
     inputs, targets, weights = zip(*self.waiting.pop(0))
     return Batch(torch.tensor(inputs), torch.tensor(targets), torch.tensor(weights))
 
@@ -198,7 +196,7 @@ def k3(
     "Estimate of the distance to the reference at each token (Shao et al., arXiv 2402.03300, equation 4)"
     return (nll - anchor).exp() - (nll - anchor) - 1
 
-# %% ../nbs/18_grpo.ipynb #04610c83
+# %% ../nbs/18_grpo.ipynb #fbc8755b
 class PolicyTrainer(Trainer):
     "The training loop with several steps on the same tries, a leash, and a divisor of one's own"
     def __init__(self, *args,
@@ -212,42 +210,36 @@ class PolicyTrainer(Trainer):
         super().__init__(*args, **options)
         for name, value, least in (("inner_steps", inner_steps, 1), ("clip", clip, 0), ("clip_high", clip_high, 0), ("kl", kl, 0)):
             if not value >= least: raise NanochatError(f"{name} {value}: must be at least {least}")
-        self.inner_steps, self.clip, self.clip_high, self.kl, self.divisor, self.inner = inner_steps, clip, clip_high, kl, divisor, 0
+        self.inner_steps, self.clip, self.clip_high, self.kl, self.divisor = inner_steps, clip, clip_high, kl, divisor
         self.reference = copy.deepcopy(self.model).requires_grad_(False).eval() if kl else None
-        self.loader.uses, self.loader.keep_all = inner_steps, kl > 0
+        self.loader.keep_all = kl > 0
 
-    def train_step(self, scale: float) -> float: # loss of the first inner step
-        "The optimizer steps of one batch of tries; raises as `Trainer.train_step` does"
-        step, losses, seen = self.step, [], []
+    def learn(self, batches: list[Batch], scale: float) -> float: # loss of the first inner step
+        "The optimizer steps on one batch of tries; raises as `Trainer.learn` does"
+        self.begin_tries(batches)
+        losses, seen = [], []
         for self.inner in range(self.inner_steps):
-            self.step = step # a step of the loop is a batch of tries
-            losses.append(super().train_step(scale))
+            losses.append(super().learn(batches, scale))
             if self.inner_steps > 1 or self.kl: seen.append(self.compute.all_reduce(self.seen).tolist())
-        self.inner = 0
         if self.kl: self.loader.metrics["kl"] = seen[0][2] / self.chosen
         if self.inner_steps > 1: self.loader.metrics["clipped"] = sum(s[0] for s in seen) / max(1, sum(s[1] for s in seen))
         return losses[0]
 
-# %% ../nbs/18_grpo.ipynb #7928d6b2
+# %% ../nbs/18_grpo.ipynb #f1e607e4
 @patch
 @torch.no_grad()
 def begin_tries(self: PolicyTrainer, batches: list[Batch]) -> None:
-    "Before the first inner step: count the tokens with an advantage, ask the reference model, forget the last tries"
+    "Before the first inner step: count the tokens, ask the reference model, forget the last tries"
     teaching = sum(((b.targets >= 0) & (b.weights != 0)).sum() for b in batches)
-    self.teaching = max(1, int(self.compute.all_reduce(teaching)))
+    self.share = self.divisor or max(1, int(self.compute.all_reduce(teaching))) # what a sum over tokens is divided by
+    self.chosen, self.inner = count_supervised(batches, self.compute), 0
     self.before = torch.zeros(sum(len(b.inputs) for b in batches), batches[0].inputs.shape[1], device=self.compute.device) # (rows, T)
     self.anchor = torch.cat([self.reference(b.inputs, b.targets, reduction="none") for b in batches]) if self.kl else None
 
 @patch
-def fit_memory(self: PolicyTrainer, batches: list[Batch], count: int) -> torch.Tensor: # this process's share of the loss
-    "`Trainer.fit_memory` with this stage's divisor; `count` is of all tokens with a target"
-    if self.inner == 0: self.chosen = count; self.begin_tries(batches)
-    return Trainer.fit_memory(self, batches, self.divisor or self.teaching)
-
-@patch
 def add_gradients(self: PolicyTrainer, batches: list[Batch], count: int) -> torch.Tensor: # this process's share of the loss
-    "Forward and backward through a step's micro-batches; sets `seen`: clipped tokens, tokens with an advantage, nats of distance"
-    if self.inner_steps == 1 and not self.kl: return Trainer.add_gradients(self, batches, count) # the simple form
+    "`Trainer.add_gradients` with this stage's weights and divisor; sets `seen`: clipped tokens, tokens with an advantage, nats of distance"
+    if self.inner_steps == 1 and not self.kl: return Trainer.add_gradients(self, batches, self.share) # the simple form
     loss, self.seen, row = torch.zeros((), device=self.compute.device), torch.zeros(3, device=self.compute.device), 0
     for piece in (piece for batch in batches for piece in cut_batch(batch, self.pieces)):
         rows = slice(row, row := row + len(piece.inputs))
@@ -256,7 +248,7 @@ def add_gradients(self: PolicyTrainer, batches: list[Batch], count: int) -> torc
         if self.inner == 0: self.before[rows] = nll.detach()
         weights, clipped = token_weights(nll.detach(), self.before[rows], piece.weights, self.clip, self.clip_high)
         distance = k3(nll, self.anchor[rows]).sum() if self.kl else torch.zeros((), device=self.compute.device)
-        part = (nll * weights).sum() / count + self.kl * distance / self.chosen
+        part = (nll * weights).sum() / self.share + self.kl * distance / self.chosen
         part.backward()
         loss += part.detach()
         mine = (piece.targets >= 0) & (piece.weights != 0)

@@ -18,7 +18,7 @@ from .gpt import GPT, GPTConfig
 from .tokenizer import Tokenizer
 from .checkpoint import load_model, write_tensors, read_tensors
 
-# %% ../nbs/22_hf.ipynb #9fe3d919
+# %% ../nbs/22_hf.ipynb #5f29144c
 def hf_config(
     config: GPTConfig,
     tokenizer: Tokenizer = None, # gives the ids of the special tokens

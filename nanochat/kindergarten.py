@@ -10,9 +10,10 @@ __all__ = ['PET', 'COLOR', 'FOOD', 'HOME', 'RELATIONS', 'GIRLS', 'BOYS', 'FAMILI
            'World', 'fill', 'state', 'story', 'talk', 'meeting', 'Common', 'pairs', 'held_out_things', 'common_facts',
            'told_facts', 'knowledge', 'Problem', 'step', 'one_step', 'two_steps', 'problem', 'spelling', 'drill',
            'Program', 'program', 'programs', 'game', 'document', 'draw_choices', 'quiz', 'fact_quiz', 'common_quiz',
-           'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'answer_turn', 'conversation', 'fact_conversations',
-           'write_parquet', 'hub_name', 'write_documents', 'unique', 'arc_row', 'write_quizzes', 'write_problems',
-           'write_conversations', 'core_items', 'write_bundle', 'make_world_root']
+           'reading_quiz', 'word_quiz', 'turn', 'facts_about', 'common_fact', 'spell_turn', 'sum_turn', 'program_turn',
+           'answer_turn', 'conversation', 'fact_conversations', 'write_parquet', 'hub_name', 'write_documents',
+           'unique', 'arc_row', 'write_quizzes', 'write_problems', 'write_conversations', 'core_items', 'write_bundle',
+           'make_world_root']
 
 # %% ../nbs/02_kindergarten.ipynb #f6a31251
 import hashlib, json, random
@@ -226,7 +227,7 @@ NUMBER = Common("numbers", tuple(zip(NUMBERS, NUMBERS[1:])),
     ("The number after {p} is {v}.", "After {p} comes {v}.", "Count: {p}, {v}."), ("Which number comes after {p}?", "What do you count after {p}?"))
 TOLD = (SOUND, OPPOSITE, DAY, NUMBER)
 
-# %% ../nbs/02_kindergarten.ipynb #752f8235
+# %% ../nbs/02_kindergarten.ipynb #29b9597c
 def held_out_things(c: Common, seed: int) -> set: # things
     "Which things of a kind of knowledge are never asked in training: a quarter of those of each value, by hash"
     out = set()
@@ -325,7 +326,7 @@ def problem(world: World, rng: random.Random, kinds: tuple = KINDS) -> Problem:
     a, b = (p.name for p in rng.sample(world.people, 2))
     return (two_steps if kind in ("addsub", "muladd", "subsub") else one_step)(kind, rng, a, b, thing)
 
-# %% ../nbs/02_kindergarten.ipynb #59b675b5
+# %% ../nbs/02_kindergarten.ipynb #b62f6d65
 WORDS = tuple(dict.fromkeys([v for r in (PET, COLOR, FOOD) for v in r.values] + THINGS + [thing for c in (LOOK, OPPOSITE) for thing, _ in c.pairs]))
 
 def spelling(word: str) -> str:
@@ -343,6 +344,7 @@ def drill(world: World, rng: random.Random) -> str:
     sums = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(4)]
     return " ".join(f"{a} + {b} = {a + b}." if rng.random() < 0.5 else f"{a + b} - {b} = {a}." for a, b in sums)
 
+# %% ../nbs/02_kindergarten.ipynb #1493d9ac
 FAMILY = dict( # name → (parameter, description, body, arguments of the test, what the test expects)
     add_N=("x", "x plus N", "x + N", lambda n: [(v, v + n) for v in (0, 5, 12)]),
     subtract_N=("x", "x minus N", "x - N", lambda n: [(v, v - n) for v in (50, 7, 12)]),
@@ -432,7 +434,7 @@ def word_quiz(rng: random.Random) -> dict:
     word = rng.choice(WORDS)
     return quiz(rng, rng.choice(("Which of these is {w}?", "Find {w}.", "Where is {w}?")).replace("{w}", word), word, WORDS, "words")
 
-# %% ../nbs/02_kindergarten.ipynb #5c4b6cb2
+# %% ../nbs/02_kindergarten.ipynb #038cf6f6
 def turn(question: str, answer: str) -> list[dict]:
     "A question and an answer as messages"
     return [dict(role="user", content=question), dict(role="assistant", content=answer)]
@@ -449,28 +451,33 @@ def facts_about(world: World, rng: random.Random) -> list[dict]:
     known = [r for p, r in world.train_facts if p is person]
     return turn(f"Tell me about {person.name}.", " ".join(fill(rng.choice(r.answers), person.name, person.value(r)) for r in rng.sample(known, len(known))))
 
-TOPICS = dict(story=4, knowledge=2, greeting=1, identity=1, person=1, spelling=2, sum=1, days=1, common=1, program=2) # shares of the turns
-
-def answer_turn(world: World, rng: random.Random, code: list[Program]) -> list[dict]:
-    "A question and its answer. In a story anything may be told that is true; asked is only what may be asked"
-    topic = rng.choices(list(TOPICS), list(TOPICS.values()))[0]
-    if topic == "story": return turn(rng.choice(("Tell me a story.", "Tell me something about people.")), story(world, rng))
-    if topic == "knowledge": return turn(rng.choice(("Tell me something that everybody knows.", "Teach me something.")), knowledge(world, rng))
-    if topic == "greeting": return turn(*rng.choice(GREETINGS))
-    if topic == "identity": return turn(*rng.choice(IDENTITY))
-    if topic == "person": return facts_about(world, rng)
-    if topic == "spelling":
-        word = rng.choice(WORDS)
-        return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
-    if topic == "sum":
-        a, b = rng.randint(1, 9), rng.randint(1, 9)
-        return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
-    if topic == "days": return turn("What are the days of the week?", f"The days of the week are {', '.join(DAYS[:-1])} and {DAYS[-1]}.")
-    if topic == "program":
-        p = rng.choice(code)
-        return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
+def common_fact(world: World, rng: random.Random) -> list[dict]:
+    "A question about something that everybody knows, of those that may be asked"
     c, thing, value = rng.choice(told_facts(world.seed))
     return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
+
+# %% ../nbs/02_kindergarten.ipynb #7b180acb
+def spell_turn(word: str) -> list[dict]: return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
+def sum_turn(a: int, b: int) -> list[dict]: return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
+def program_turn(p: Program) -> list[dict]: return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
+
+TOPICS = dict( # topic → (share of the turns, what makes one from the world, a random generator and the programs of the training side)
+    story=(4, lambda world, rng, code: turn(rng.choice(("Tell me a story.", "Tell me something about people.")), story(world, rng))),
+    knowledge=(2, lambda world, rng, code: turn(rng.choice(("Tell me something that everybody knows.", "Teach me something.")), knowledge(world, rng))),
+    greeting=(1, lambda world, rng, code: turn(*rng.choice(GREETINGS))),
+    identity=(1, lambda world, rng, code: turn(*rng.choice(IDENTITY))),
+    person=(1, lambda world, rng, code: facts_about(world, rng)),
+    spelling=(2, lambda world, rng, code: spell_turn(rng.choice(WORDS))),
+    sum=(1, lambda world, rng, code: sum_turn(rng.randint(1, 9), rng.randint(1, 9))),
+    days=(1, lambda world, rng, code: turn("What are the days of the week?", f"The days of the week are {', '.join(DAYS[:-1])} and {DAYS[-1]}.")),
+    common=(1, lambda world, rng, code: common_fact(world, rng)),
+    program=(4, lambda world, rng, code: program_turn(rng.choice(code))),
+)
+
+def answer_turn(world: World, rng: random.Random, code: list[Program]) -> list[dict]:
+    "A question of some topic, and its answer"
+    make_turn = rng.choices([make for _, make in TOPICS.values()], [share for share, _ in TOPICS.values()])[0]
+    return make_turn(world, rng, code)
 
 def conversation(world: World, rng: random.Random, code: list[Program]) -> list[dict]: # messages
     "A conversation of one to three turns"

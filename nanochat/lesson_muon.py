@@ -8,7 +8,7 @@ __all__ = ['RULES', 'POLYNOMIALS', 'COLOURS', 'nesterov', 'adam', 'simple_newton
            'group_of_cases', 'lr_multiplier_cases', 'adamw_update', 'muon_update', 'train_with', 'spectrum_html',
            'SingularValues', 'turned', 'race_bowl', 'race_html', 'OptimizerRace']
 
-# %% ../nbs/28_lesson_muon.ipynb #bd120252
+# %% ../nbs/28_lesson_muon.ipynb #d35ae065
 import html, math, random
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .gpt import GPT, GPTConfig
-from .lesson import Habit, Mutant, Twin, exercise, pages_html
+from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html
 from .muon import KINDS, QUINTICS, Schedule, lr_multiplier, newton_schulz, set_rates, step_together
 
 # %% ../nbs/28_lesson_muon.ipynb #8c6a2977
@@ -313,7 +313,7 @@ def spectrum_html(lengths: list[float], # of each direction
     return (f'<p style="margin:.3em 0">{words}</p><svg width="{left + width + 10}" height="172" font-size="11" fill="currentColor" role="img" aria-label="{html.escape(title)}">'
             f'{band}{lines}{dots}<text x="{left + width / 2}" y="168" text-anchor="middle">directions, the strongest of the gradient first</text></svg>')
 
-# %% ../nbs/28_lesson_muon.ipynb #e728b9b5
+# %% ../nbs/28_lesson_muon.ipynb #64fb1d9f
 class SingularValues(Twin):
     "The strengths of a matrix's directions, iteration by iteration"
     def __init__(self, matrix: Tensor, # (rows, cols)
@@ -333,10 +333,7 @@ class SingularValues(Twin):
     def live(self):
         import ipywidgets as w
         name, step = w.Dropdown(options=list(POLYNOMIALS), description='polynomial'), w.IntSlider(0, 0, self.steps + 9, description='iterations')
-        view = w.HTML(self.page('Muon', 0))
-        def draw(change): view.value = self.page(name.value, step.value)
-        for control in (name, step): control.observe(draw, 'value')
-        return w.VBox([w.HBox([name, step]), view])
+        return w.VBox([w.HBox([name, step]), live_page(self.page, name, step)])
 
 # %% ../nbs/28_lesson_muon.ipynb #02c865cb
 def turned(degrees: float) -> Tensor: # (2, 2)
@@ -398,17 +395,14 @@ class OptimizerRace(Twin):
     def static(self) -> str:
         return pages_html([self.page(*page) for page in self.pages], [self.title(*page) for page in self.pages], 'the race along the numbers, and then in a turned bowl')
 
-# %% ../nbs/28_lesson_muon.ipynb #df0733db
+# %% ../nbs/28_lesson_muon.ipynb #7a2fe061
 def _race_live(self: OptimizerRace):
     "Sliders for the step, the turn, and everybody's rate"
     import ipywidgets as w
     first = next(iter(self.rates))
     step, angle = w.IntSlider(0, 0, self.steps, description='step'), w.IntSlider(first, 0, 45, description='turned by °')
     rates = {name: w.FloatLogSlider(rate, base=2, min=-10, max=5, step=0.5, description=name) for name, rate in self.rates[first].items()}
-    view = w.HTML()
-    def draw(change): view.value = self.page(step.value, angle.value, {name: slider.value for name, slider in rates.items()})
-    for control in (step, angle, *rates.values()): control.observe(draw, 'value')
-    draw(None)
+    view = live_page(lambda step, angle, *rates: self.page(step, angle, dict(zip(RULES, rates))), step, angle, *rates.values())
     return w.VBox([w.HBox([step, angle]), w.HBox(list(rates.values())[:2]), w.HBox(list(rates.values())[2:]), view])
 
 OptimizerRace.live = _race_live

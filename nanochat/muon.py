@@ -403,7 +403,7 @@ def muon_momentum(
     done = min(step / steps, 1)
     return (1 - done) * start + done * final
 
-# %% ../nbs/07_muon.ipynb #1488259a
+# %% ../nbs/07_muon.ipynb #50e63299
 @dataclass
 class Schedule:
     "What changes during a stage; the defaults are the classic recipe (FACTS 1.6)"
@@ -436,6 +436,7 @@ class Schedule:
         "What the weight decay of the matrices is multiplied by"
         return dict(constant=1.0, linear=1 - progress, cosine=(1 + math.cos(math.pi * progress)) / 2)[self.decay]
 
+# %% ../nbs/07_muon.ipynb #282b5b25
 def set_rates(
     optimizers: list[ShardedOptimizer], # of `make_optimizers`
     schedule: Callable, # a Schedule; any other function (step, num_steps) → multiplier is taken for the rates, the rest is classic
@@ -464,7 +465,7 @@ def optimizer_recipe(
     chosen, timed = RECIPES[recipe] | overrides, {field.name for field in fields(Schedule)}
     return {k: v for k, v in chosen.items() if k not in timed}, Schedule(**{k: v for k, v in chosen.items() if k in timed})
 
-# %% ../nbs/07_muon.ipynb #d742c2a2
+# %% ../nbs/07_muon.ipynb #452f405e
 def optimizer_state(
     optimizers: list[ShardedOptimizer], # of `make_optimizers`
     model, # whose parameter names are used
@@ -488,6 +489,7 @@ def whole_tensor(
     ordered = [parts[first] for first in sorted(parts)]
     return torch.cat(ordered) if ordered[0].ndim else ordered[0]
 
+# %% ../nbs/07_muon.ipynb #e9ef8cf0
 def load_optimizer_state(
     optimizers: list[ShardedOptimizer], # of `make_optimizers`
     model, # whose parameter names are used

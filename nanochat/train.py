@@ -6,7 +6,7 @@
 __all__ = ['PEAK_FLOPS', 'count_supervised', 'accumulation_steps', 'horizon', 'peak_flops', 'memory_gb', 'compiled', 'Trainer',
            'cut_batch']
 
-# %% ../nbs/09_train.ipynb #7dd8aa2a
+# %% ../nbs/09_train.ipynb #613a4a93
 import math, shutil, time
 
 import torch
@@ -143,7 +143,7 @@ def resume(self: Trainer) -> bool:
     print0(f"{self.stage}: continues from step {self.step}")
     return True
 
-# %% ../nbs/09_train.ipynb #08bee2f9
+# %% ../nbs/09_train.ipynb #51f31ef6
 @patch(as_prop=True)
 def progress(self: Trainer) -> float: # 0 to 1
     "How far the stage has come"
@@ -157,6 +157,7 @@ def multiplier(self: Trainer) -> float:
     if self.minutes: return self.schedule(self.step, 10_000)  # the first steps, before the number is chosen
     return self.schedule(round(self.progress * 10_000), 10_000)
 
+# %% ../nbs/09_train.ipynb #9125c27c
 def cut_batch(
     batch: Batch,
     pieces: int, # at most so many
@@ -165,6 +166,7 @@ def cut_batch(
     parts = [None if part is None else part.chunk(pieces) for part in batch]
     return [Batch(*(part and part[i] for part in parts)) for i in range(len(parts[0]))]
 
+# %% ../nbs/09_train.ipynb #d0e7bef4
 @patch
 def add_gradients(
     self: Trainer,
@@ -198,14 +200,14 @@ def fit_memory(
         if self.compute.device.type == "cuda": torch.cuda.empty_cache()
         print(f"{self.stage}: out of memory; from now on {-(-rows // self.pieces)} rows at a time, and the same steps", flush=True)
 
-# %% ../nbs/09_train.ipynb #fac74ced
+# %% ../nbs/09_train.ipynb #0b001202
 @patch
-def train_step(
+def learn(
     self: Trainer,
+    batches: list[Batch], # the micro-batches of a step
     scale: float, # what the learning rates are multiplied by
 ) -> float: # loss
-    "One optimizer step; raises StopIteration when the loader is through, NanochatError for a loss that is not a number"
-    batches = [self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)]
+    "One optimizer step on these micro-batches; raises `NanochatError` for a loss that is not a number"
     loss = self.fit_memory(batches, count_supervised(batches, self.compute))
     mine = float(loss)
     value = float(self.compute.all_reduce(loss))
@@ -213,9 +215,18 @@ def train_step(
     set_rates(self.optimizers, self.schedule, scale, self.step, self.progress)
     step_together(self.optimizers)
     for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
-    self.step += 1
     self.tokens += sum(b.inputs.numel() for b in batches) * self.compute.world_size
     return value
+
+@patch
+def train_step(
+    self: Trainer,
+    scale: float, # what the learning rates are multiplied by
+) -> float: # loss
+    "One step of the loop; raises StopIteration when the loader is through"
+    loss = self.learn([self.loader.next_batch().to(self.compute.device) for _ in range(self.grad_accum)], scale)
+    self.step += 1
+    return loss
 
 # %% ../nbs/09_train.ipynb #62d18384
 @patch

@@ -320,6 +320,23 @@ def test_logprobs_leave_out_the_stop_token_as_the_ids_do(model, monkeypatch):
     assert len(sample.ids) == len(sample.logprobs) == len(sample.likeliest) == len(words) - 1
 
 
+def test_an_echo_scores_the_prompts_own_tokens_whatever_is_read_beside_them(model):
+    engine, prompts = deaf(model, max_batch=3), [[7], *ragged(5, seed=2, low=20)]
+    engine.piece_tokens = engine.prefill_tokens = 12
+    list(engine.stream(prompts[2], 1))  # its beginning is known now, and must be read again all the same
+    wanted = (1, 0, 3, None, 2, 1)
+    groups = [engine.submit(p, 2, 4, logprobs=n, echo=i != 4, seed=i) for i, (p, n) in enumerate(zip(prompts, wanted))]
+    while engine.busy: engine.step()
+    for i, (prompt, n, rows) in enumerate(zip(prompts, wanted, groups)):
+        logs = model(torch.tensor([prompt]))[0, :-1].log_softmax(-1)
+        for row in rows:
+            if n is None or i == 4: assert row.prompt_logprobs == row.prompt_likeliest == []; continue
+            torch.testing.assert_close(torch.tensor(row.prompt_logprobs), logs[torch.arange(len(prompt) - 1), prompt[1:]], rtol=1e-4, atol=1e-4)
+            assert [list(top) for top in row.prompt_likeliest] == logs.topk(n).indices.tolist()
+    [[sample]] = engine.generate([prompts[2]], max_tokens=1, logprobs=1, echo=True)
+    assert sample.prompt_logprobs == pytest.approx(groups[2][0].prompt_logprobs, abs=1e-4)
+
+
 TEXTS = ["Where is the 🙂 now? né, né and 漢字", "aaaaab aab", "👩‍👩‍👧 one\n\ntwo\n\n\nthree"]
 
 
@@ -471,6 +488,18 @@ def test_a_long_prompt_does_not_stall_the_rows_at_work(model, monkeypatch):
     assert sum(sum(p[:-1]) for p in passes) == 59 + 19
     monkeypatch.undo()
     assert [row.ids for row in late] == [naive(model, p, 6)[len(p):] for p in ([7] * 60, [8] * 20)] and all(len(row.ids) == 30 for row in running)
+
+
+def test_pieces_are_small_only_while_somebody_waits_for_a_token(model, monkeypatch):
+    engine, passes, hidden = deaf(model), [], GPT.hidden
+    engine.piece_tokens = 8
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, cache=None: (passes.append(idx.size(1)), hidden(self, idx, cache))[1])
+    engine.submit([7] * 60, 1, 40)
+    engine.step()
+    assert passes == [59, 1], "nobody waits: the prompt is read at once"
+    engine.submit([8] * 40, 1, 3)
+    engine.step()
+    assert passes == [59, 1, 8, 1]
 
 
 def test_a_prompt_cancelled_while_it_is_read_leaves_the_others_alone(model):

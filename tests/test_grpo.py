@@ -78,11 +78,17 @@ def moved(table, seed, far=0.35):
     return table.detach() + far * torch.randn(V, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gradient_of(trainer):
+def begun(trainer):
+    "The micro-batches of a step, before its first inner step"
+    batches = [trainer.loader.next_batch() for _ in range(trainer.grad_accum)]
+    trainer.begin_tries(batches)
+    return batches
+
+
+def gradient_of(trainer, batches):
     "What one pass over the step's micro-batches leaves"
     trainer.model.zero_grad()
-    batches = [trainer.loader.next_batch() for _ in range(trainer.grad_accum)]
-    trainer.fit_memory(batches, max(1, sum(int((b.targets >= 0).sum()) for b in batches)))
+    trainer.fit_memory(batches, trainer.chosen)
     return trainer.model.table.grad
 
 
@@ -93,11 +99,12 @@ def test_the_gradient_is_the_textbook_s_in_the_first_and_in_a_later_inner_step(s
     trainer, start = fixed_trainer(model, **options), model.table.detach().clone()
     trainer.pieces = pieces
     old = moved(start, 1) # the stage has come some way already
+    batches = begun(trainer)
     for trainer.inner, table in enumerate([old, moved(old, 2, 0.8)][:options.get("inner_steps", 1)]):
         model.table.data.copy_(table)
         wanted = nn.Parameter(table.clone())
         textbook(wanted, old, start, **options).backward()
-        torch.testing.assert_close(gradient_of(trainer), wanted.grad, atol=2e-7, rtol=1e-5)
+        torch.testing.assert_close(gradient_of(trainer, batches), wanted.grad, atol=2e-7, rtol=1e-5)
         assert wanted.grad.abs().max() > 1e-2
     if "inner_steps" in options and options.get("clip", 0.2): assert 0.1 < trainer.seen[0] / trainer.seen[1] < 0.9, "the case must have tokens on both sides of the band"
 
@@ -108,7 +115,7 @@ def test_a_forced_token_and_the_prompt_get_no_gradient():
     groups = [([1], [Sample([2, 3], [1, 0]), Sample([4], [1])], [1.0, 0.0])]
     trainer = fixed_trainer(model, groups * 2)
     trainer.loader.num_samples, trainer.loader.batch_size, trainer.grad_accum = 2, 4, 1
-    grad = gradient_of(trainer)
+    grad = gradient_of(trainer, begun(trainer))
     assert (grad[2] == 0).all(), "what followed 2 was written by a tool"
     assert grad[1, 2] < 0 < grad[1, 4], "descent raises the rewarded token and lowers the other"
 
@@ -181,8 +188,7 @@ def test_the_first_inner_step_is_the_simple_form_to_the_last_bit(home):
     grads = []
     for options in ({}, dict(inner_steps=4), dict(inner_steps=2, clip=0.0)):
         trainer = letters_trainer(None, **options)
-        batches = [trainer.loader.next_batch() for _ in range(trainer.grad_accum)]
-        loss = trainer.fit_memory(batches, sum(int((b.targets >= 0).sum()) for b in batches))
+        loss = trainer.fit_memory(begun(trainer), trainer.chosen)
         grads.append([loss] + [p.grad for p in trainer.model.parameters()])
     for other in grads[1:]: assert all(torch.equal(a, b) for a, b in zip(grads[0], other))
     assert max(g.abs().max() for g in grads[0][1:]) > 0
@@ -310,8 +316,8 @@ def practise(folder, compute):
     run = Run.create("two") if compute.is_main else None
     compute.barrier()
     trainer, steps = letters_trainer(run or Run.open("two"), compute, **EVERYTHING), []
-    real = grpo.Trainer.train_step
-    grpo.Trainer.train_step = lambda self, scale: steps.append(self.inner) or real(self, scale)
+    real = grpo.Trainer.learn
+    grpo.Trainer.learn = lambda self, batches, scale: steps.append(self.inner) or real(self, batches, scale)
     trainer.fit()
     torch.save(dict(weights=trainer.model.state_dict(), steps=steps, drawn=trainer.loader.drawn, metrics=trainer.loader.metrics), f"{folder}/rank{compute.rank}.pt")
 
@@ -329,18 +335,12 @@ def union_step(folder, compute):
     model = Bigram()
     trainer = fixed_trainer(model, GROUPS[::2] * 2, compute, divide_by_deviation=True, inner_steps=2, kl=0.3)
     trainer.model.table.data.copy_(moved(model.table, 1))
+    batches = begun(trainer)
     for trainer.inner in range(2):
-        grad = torch.zeros(V, V, dtype=torch.float64)
-        batches = [trainer.loader.next_batch() for _ in range(trainer.grad_accum)]
-        trainer.fit_memory(batches, grpo_count(batches, compute))
+        trainer.fit_memory(batches, trainer.chosen)
         grad = compute.all_reduce(model.table.grad.clone()); model.zero_grad()
         model.table.data -= 2.0 * grad
     if compute.is_main: torch.save(model.table.data, f"{folder}/table{compute.world_size}.pt")
-
-
-def grpo_count(batches, compute):
-    from nanochat.train import count_supervised
-    return count_supervised(batches, compute)
 
 
 def test_two_processes_step_as_one_does(tmp_path):

@@ -1,4 +1,5 @@
 """What a lesson promises: its checks check, its solutions are the library's, its widgets work on paper, and it runs in time."""
+import importlib
 import inspect
 import json
 import os
@@ -13,10 +14,11 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_tokens, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
+for module in (ROOT / 'nanochat').glob('lesson_*.py'): importlib.import_module(f'nanochat.{module.stem}')   # each registers its exercises
 EXERCISES = sorted(lesson.exercises)
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
 TIME_LIMIT = 90   # seconds of processor time for one lesson at the tiny scale, so that other work on the machine does not fail the test
@@ -70,7 +72,7 @@ def test_solutions_pass_with_other_random_inputs(name):
 
 
 def test_simple_solution_of_training_passes_too():
-    assert lesson.check(lesson.simple_bpe, 'tokenizer.train_bpe', strict=True).passed
+    assert lesson.check(lesson_tokens.simple_bpe, 'tokenizer.train_bpe', strict=True).passed
 
 
 @pytest.mark.parametrize('name,mutant', MUTANTS, ids=[f'{name}/{mutant.name}' for name, mutant in MUTANTS])
@@ -138,7 +140,7 @@ def wrong(kind):
     def merges_across_words(texts, num_merges):
         return tokenizer.train_bpe({text.encode(): 1 for text in texts}, num_merges)
     def too_few_parameters(ids, pair): return ids
-    return {**locals(), 'takes_the_longest': lesson.longest_first}[kind.replace(' ', '_')]
+    return {**locals(), 'takes_the_longest': lesson_tokens.longest_first}[kind.replace(' ', '_')]
 
 
 @pytest.mark.parametrize('kind', WRONG)
@@ -162,9 +164,9 @@ WRONG_TENSORS = {  # a learner's mistake -> exercise, the mistake's name, the fu
     'turns the mask upside down': ('attention.visible', 'upside down', lambda positions, end: torch.arange(end) > positions[:, None, :, None]),
     'always makes a triangle': ('attention.visible', 'counts from zero', lambda positions, end: torch.ones(positions.size(1), end).tril().bool().expand(len(positions), 1, -1, -1)),
     'returns the weights': ('attention.attend', 'weights', lambda q, k, v: (q @ k.transpose(-2, -1)).softmax(-1)),
-    'cuts the gradient': ('attention.attend', 'gradients', lambda q, k, v: lesson.simple_attend(q.detach(), k, v)),
+    'cuts the gradient': ('attention.attend', 'gradients', lambda q, k, v: lesson_attention.simple_attend(q.detach(), k, v)),
     'zeroes the weights afterwards': ('attention.attend', 'mask after the softmax', lambda q, k, v: (q @ k.transpose(-2, -1) / q.size(-1)**.5).softmax(-1).tril() @ v),
-    'divides by the number of tokens': ('attention.attend', '', lambda q, k, v: lesson.simple_attend(q * (q.size(-1) / q.size(2))**.5, k, v)),
+    'divides by the number of tokens': ('attention.attend', '', lambda q, k, v: lesson_attention.simple_attend(q * (q.size(-1) / q.size(2))**.5, k, v)),
     'returns angles': ('attention.rotary_tables', 'angles', lambda length, head_dim: torch.outer(torch.arange(length).float(), 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))),
     'computes in float64': ('attention.rotary_tables', 'float64', lambda length, head_dim: tuple(t.double() for t in attention.rotary_tables(length, head_dim))),
     'pairs neighbours': ('attention.apply_rotary', 'neighbours', interleaved),
@@ -186,7 +188,7 @@ RIGHT_TENSORS = {  # other ways to write it, which a check must not refuse
     'adds minus infinity': ('attention.attend', lambda q, k, v: (q @ k.mT / q.size(-1)**.5 + torch.full((q.size(2),) * 2, -torch.inf).triu(1)).softmax(-1) @ v),
     'einsum': ('attention.attend', lambda q, k, v: torch.einsum('bhts,bhsd->bhtd', (torch.einsum('bhtd,bhsd->bhts', q, k) / q.size(-1)**.5)
                                                                .masked_fill(torch.ones(q.size(2), q.size(2)).tril() == 0, -torch.inf).softmax(-1), v)),
-    'four lines': ('attention.attend', lesson.simple_attend),
+    'four lines': ('attention.attend', lesson_attention.simple_attend),
     'complex numbers': ('attention.apply_rotary', lambda x, cos, sin: (lambda z: torch.cat([z.real, z.imag], -1))(
         torch.complex(*x.chunk(2, -1)) * torch.complex(cos, -sin).unsqueeze(-2))),
     'by hand': ('attention.norm', lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()),
@@ -215,6 +217,10 @@ def test_gradients_are_compared_where_there_are_some():
     "At the smallest input the gradient is zero whatever one does, so a cut one shows only at a larger"
     exercise = lesson.Exercise('attention.norm', lambda rng: iter([(torch.ones(1),), (torch.randn(3, 4),)]), gradients=True)
     assert lesson.examine(exercise, lambda x: attention.norm(x.detach()) + 0 * x).mistake == 'gradients'
+
+
+def test_gradient_that_is_cut_for_one_input_alone_is_said_to_be_cut():
+    assert 'no gradient flows back' in lesson.check(lambda q, k, v: lesson_attention.simple_attend(q.detach(), k, v), 'attention.attend').message
 
 
 def test_nan_in_the_same_places_is_no_difference_and_elsewhere_is_one():
@@ -281,11 +287,11 @@ def test_swap_of_an_unknown_name_is_one_clear_line():
 
 def twins():
     probe = lambda: dict(merged=tokenizer.merge([5, 5, 5], (5, 5), 9))
-    return [lesson.MergeStepper('low lower lowest low', 4), lesson.TokenStrip('é!', lesson.single_bytes), lesson.predict('pi', 'units'),
-            lesson.RopeDial(4, steps=3), lesson.AttentionGrid(['a', ' <b>', '"'], torch.randn(2, 3, 3), 4), lesson.reveal('pi', 3.14), lesson.Zoo(probe, ['tokenizer.merge/overlap', 'tokenizer.merge/drops last']), lesson.story(1, 'bytes')]
+    return [lesson_tokens.MergeStepper('low lower lowest low', 4), lesson.TokenStrip('é!', lesson.single_bytes), lesson.predict('pi', 'units'),
+            lesson_attention.RopeDial(4, steps=3), lesson_attention.AttentionGrid(['a', ' <b>', '"'], torch.randn(2, 3, 3), 4), lesson.reveal('pi', 3.14), lesson.Zoo(probe, ['tokenizer.merge/overlap', 'tokenizer.merge/drops last']), lesson.story(1, 'bytes')]
 
 
-@pytest.mark.parametrize('kind', [lesson.MergeStepper, lesson.TokenStrip, lesson.RopeDial, lesson.AttentionGrid, lesson.Prediction, lesson.Answer, lesson.Zoo, lesson.Story])
+@pytest.mark.parametrize('kind', [lesson_tokens.MergeStepper, lesson.TokenStrip, lesson_attention.RopeDial, lesson_attention.AttentionGrid, lesson.Prediction, lesson.Answer, lesson.Zoo, lesson.Story])
 def test_widget_has_a_live_and_a_self_contained_static_twin(kind, monkeypatch):
     import ipywidgets
     twin, = (t for t in twins() if type(t) is kind)
@@ -303,30 +309,32 @@ def test_every_twin_is_covered_by_the_test_above():
 
 
 def test_merge_stepper_slider_and_static_frames_show_the_same():
-    stepper = lesson.MergeStepper('the cat sat on the mat', 5)
-    _, bar, view = stepper.live().children
+    stepper = lesson_tokens.MergeStepper('the cat sat on the mat', 5)
+    text, bar, view = stepper.live().children
     for step in range(len(stepper.frames)):
         bar.children[1].value = step
         assert view.value in stepper.static()
         assert b''.join(stepper.frames[step].pieces).decode() == 'the cat sat on the mat'
     sizes = [len(frame.pieces) for frame in stepper.frames]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    text.value = 'aaaa'   # it has one merge, and the slider stands at more
+    assert 'After 1 merge<' in view.value
 
 
 @pytest.mark.parametrize('text', ['', 'a', ' ', '안녕', '<b>&"', 'aaaa'])
 def test_widgets_take_any_text(text):
-    assert lesson.MergeStepper(text, 3).static() and lesson.TokenStrip(text, lesson.single_bytes).static()
-    assert '<b>&"' not in lesson.MergeStepper(text, 3).static()
+    assert lesson_tokens.MergeStepper(text, 3).static() and lesson.TokenStrip(text, lesson.single_bytes).static()
+    assert '<b>&"' not in lesson_tokens.MergeStepper(text, 3).static()
 
 
 def test_rope_dial_is_the_librarys_rotation_and_its_slider_shows_a_page():
     turned = attention.apply_rotary(torch.ones(1, 20, 1, 8), *attention.rotary_tables(20, 8))[0, :, 0]
-    for query, key in (0, 0), (7, 4), (19, 3): assert abs(turned[query] @ turned[key] / 8 - lesson.rope_score(query - key, 8, 10000.0)) < 1e-5
-    dial = lesson.RopeDial()
+    for query, key in (0, 0), (7, 4), (19, 3): assert abs(turned[query] @ turned[key] / 8 - lesson_attention.rope_score(query - key, 8, 10000.0)) < 1e-5
+    dial = lesson_attention.RopeDial()
     query, key, view = dial.live().children
     query.value, key.value = dial.pairs[-1]
     assert view.value == dial.page(*dial.pairs[-1]) and view.value in dial.static()
-    scores = [lesson.rope_score(q - k, 8, 10000.0) for q, k in dial.pairs]
+    scores = [lesson_attention.rope_score(q - k, 8, 10000.0) for q, k in dial.pairs]
     assert len(set(scores[:8])) == 8 and len({round(s, 12) for s in scores[8:]}) == 1   # the query walks away, then both walk on
 
 
@@ -336,12 +344,12 @@ def test_attention_grid_weights_are_the_librarys_and_its_controls_show_a_page():
     window = attention.visible(torch.arange(5)[None], 5, window=4)
     for mask, allowed in dict(causal=attention.visible(torch.arange(5)[None], 5), none=torch.ones(5, 5).bool(), **{'window 4': window}).items():
         want = attention.attend(q, k, torch.eye(5).expand(1, 2, 5, 5), allowed)[0]
-        for head in range(2): assert torch.allclose(lesson.grid_weights(scores[0, head], 4, mask), want[head], atol=1e-6)
-    grid = lesson.AttentionGrid(list('abcde'), scores[0], 4)
-    (head, mask), (scaled, row), words, view = (c.children if hasattr(c, 'children') else c for c in grid.live().children)
+        for head in range(2): assert torch.allclose(lesson_attention.grid_weights(scores[0, head], 4, mask), want[head], atol=1e-6)
+    grid = lesson_attention.AttentionGrid(list('abcde'), scores[0], 4)
+    (head, mask), (scaled, row), view = (c.children if hasattr(c, 'children') else c for c in grid.live().children)
     head.value, mask.value, scaled.value, row.value = 2, 'window 4', False, 3
-    assert view.value == grid.page(1, 'window 4', False, 3) and words.value.startswith("'d' looks at")
-    assert '<i>' not in lesson.AttentionGrid(['<i>', '&'], scores[0, :, :2, :2], 4).static()
+    assert view.value == grid.page(2, 'window 4', False, 3) and 'd looks at ' in view.value
+    assert '<i>' not in lesson_attention.AttentionGrid(['<i>', '&'], scores[0, :, :2, :2], 4).static()
 
 
 def test_little_model_trains_with_the_function_that_is_swapped_in():
@@ -350,7 +358,7 @@ def test_little_model_trains_with_the_function_that_is_swapped_in():
     model, plain = lesson.train_little(ids, **sizes)
     assert lesson.train_little(ids, **sizes)[1] == plain and plain[-1] < plain[0]
     with lesson.swap('attention.attend', lambda q, k, v: torch.zeros_like(q)): assert lesson.train_little(ids, **sizes)[1] != plain
-    scores, weights = lesson.watch_attention(model, ids[:9])
+    scores, weights = lesson_attention.watch_attention(model, ids[:9])
     assert scores.shape == weights.shape == (2, 4, 9, 9)
     assert torch.allclose(weights, (scores / 4).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1), atol=1e-5)
     assert attention.attend is lesson.library('attention.attend')
@@ -359,7 +367,7 @@ def test_little_model_trains_with_the_function_that_is_swapped_in():
 def test_pictures_in_the_zoo_are_compared_by_what_they_show():
     assert lesson.curve_picture([3, 2, 1], 4) == lesson.curve_picture([3, 2.001, 1], 4) != lesson.curve_picture([3, 1, 1], 4)
     assert lesson.curve_picture([3, float('nan')], 4).svg.count('polyline') == 1
-    zoo = lesson.Zoo(lambda: dict(map=lesson.map_picture(attention.attend(*torch.eye(4).expand(3, 1, 1, 4, 4))[0, 0])), ['attention.attend/no mask'])
+    zoo = lesson.Zoo(lambda: dict(map=lesson_attention.map_picture(attention.attend(*torch.eye(4).expand(3, 1, 1, 4, 4))[0, 0])), ['attention.attend/no mask'])
     assert zoo.symptoms[0] != zoo.healthy and zoo.static().count('<svg') == 2 and '<svg' not in repr(zoo)
 
 

@@ -45,6 +45,12 @@ def test_a_notebook_stores_outputs_without_errors_or_paths(path):
     if path.name != "speedrun.ipynb": assert sum(bool(c["outputs"]) for c in cells) >= len(cells) / 4, "outputs are not stored"
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "nbs"], ids=lambda p: p.stem)
+def test_no_exported_cell_is_longer_than_a_screen(path):
+    exported = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if "".join(cell["source"]).startswith("#| export")]
+    assert [source.splitlines()[1] for source in exported if len(source.splitlines()) > 40] == []
+
+
 def test_the_readme_is_made_from_the_index(tree):
     made = subprocess.run([tool("jupyter"), "nbconvert", "--to", "markdown", "--no-input", "--log-level", "ERROR", "--stdout", "nbs/index.ipynb"], cwd=tree, capture_output=True, text=True, check=True).stdout
     assert (ROOT / "README.md").read_text().strip() == made.replace("](../", "](").strip()

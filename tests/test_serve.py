@@ -1,5 +1,5 @@
 "The chat command and the server: what they answer, refuse and survive"
-import asyncio, contextlib, json, os, shutil, socket, subprocess, sys, threading, time
+import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ pytest.importorskip("fastapi")
 from nanochat.chat import Chat, best_stage, fit_messages, run_command
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import NanochatError, Run
-from nanochat.engine import Engine
+from nanochat.engine import Engine, TextStream, readable_text
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.serve import LARGEST_BODY, Busy, Service, make_app, open_port, show_calls
+from nanochat.serve import LARGEST_BODY, Service, make_app, open_port, show_calls, token_name
 from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +96,6 @@ def test_answer_is_the_engines_own(server, model):
     [[sample]] = Engine(model, TOKENIZER).generate([prompt], max_tokens=9, temperature=.8, top_k=7, seed=5)
     body = server.post(max_tokens=9, temperature=.8, top_k=7, seed=5).json()
     assert body["usage"] == dict(prompt_tokens=len(prompt), completion_tokens=len(sample.ids), total_tokens=len(prompt) + len(sample.ids))
-    from nanochat.engine import readable_text
     assert body["choices"][0]["message"]["content"] == readable_text(TOKENIZER, sample.ids)
 
 
@@ -105,7 +104,7 @@ def test_answer_is_the_engines_own(server, model):
     (dict(messages=[]), "messages"), (dict(messages="hi"), "messages"), (dict(messages=[{}]), "messages.0.role"), (dict(messages=[dict(role="user", content="hi")] * 501), "messages"),
     (dict(messages=[dict(role="user", content="")]), "messages.0.content"), (dict(messages=[dict(role="user", content="x" * 8001)]), "messages.0.content"), (dict(messages=[dict(role="user", content=[dict(type="image")])]), "messages.0.content"),
     (dict(messages=[dict(role=r, content="x" * 8000) for r in ("user", "assistant") * 2 + ("user",)]), "messages"), (dict(messages=[dict(role="assistant", content="x")]), "messages"),
-    (dict(messages=[dict(role="user", content="a"), dict(role="user", content="b")]), "messages"), (dict(messages=[dict(role="user", content="z " * 300)]), "messages"), (dict(n=2), "n"), (dict(stream="perhaps"), "stream")])
+    (dict(messages=[dict(role="user", content="a"), dict(role="user", content="b")]), "messages"), (dict(messages=[dict(role="user", content="z " * 300)]), "messages"), (dict(n=17), "n"), (dict(stream="perhaps"), "stream")])
 def test_malformed_request_gets_422_with_the_field(server, fields, named):
     answer = server.post(**fields)
     error = answer.json()["error"]
@@ -171,12 +170,12 @@ def test_an_answer_that_nobody_reads_gives_its_place_back(model):
     service = Service(Engine(model, TOKENIZER, max_batch=2), queue_limit=2).start()
 
     async def stalled():
-        jobs = [service.submit([1, 2, 3], max_tokens=4) for _ in range(4)]
+        jobs = [service.submit([[1, 2, 3]], max_tokens=4) for _ in range(4)]
         for _ in range(200):
             if not service.open: break
             await asyncio.sleep(.02)
         assert not service.open
-        texts = ["".join([piece async for piece in job.pieces()]) for job in jobs]
+        texts = ["".join([text async for _, text, _, _ in job.pieces()]) for job in jobs]
         assert texts[0] and texts == texts[:1] * 4, "the text is still there for a slow reader"
     asyncio.run(stalled())
     service.stop()
@@ -246,6 +245,280 @@ def test_tool_calls_in_history_become_tokens_again():
     assert show_calls("<<2*3=6>>6") == "`2*3 = 6` 6"
 
 
+# what a request may ask
+
+def say(text, **fields):
+    return dict(messages=[dict(role="user", content=text)]) | fields
+
+
+def complete(server, **fields):
+    return httpx.post(server.url + "/v1/completions", json=fields, timeout=60)
+
+
+def events(server, path, **fields):
+    "The chunks of a stream"
+    with httpx.stream("POST", server.url + path, json=fields | dict(stream=True), timeout=60) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert answer.status_code == 200 and lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def silence(engine):
+    "No token ends an answer"
+    engine.notable[:], engine.stops = False, set()
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=.5, top_k=0), dict(min_p=.3, top_k=0), dict(repetition_penalty=3.), dict(top_k=1), dict(top_k=0, temperature=2.), dict(temperature=0)], ids=str)
+def test_every_dial_reaches_the_engine_by_both_paths(server, model, settings):
+    prompt, engine = TOKENIZER.render_for_completion(say("hello")["messages"]), Engine(model, TOKENIZER)
+    wanted = dict(max_tokens=12, seed=5, temperature=.8) | settings
+    [[sample]], [[plain]] = engine.generate([prompt], **wanted), engine.generate([prompt], **dict(max_tokens=12, seed=5, temperature=.8))
+    text = readable_text(TOKENIZER, sample.ids)
+    assert server.post(**wanted).json()["choices"][0]["message"]["content"] == text
+    assert complete(server, prompt=prompt, **wanted).json()["choices"][0]["text"] == text
+    assert text != readable_text(TOKENIZER, plain.ids), "the dial does nothing here: choose another seed"
+
+
+def test_several_answers_to_several_prompts_are_those_of_the_engine(server, model):
+    prompts = [TOKENIZER.encode(text, prepend="<|bos|>") for text in ("hello", "how are")]
+    samples = Engine(model, TOKENIZER).generate(prompts, num_samples=3, max_tokens=9, temperature=.8, seed=7)
+    expected = [readable_text(TOKENIZER, sample.ids) for group in samples for sample in group]
+    assert len(set(expected)) == 6
+    for given in (["hello", "how are"], prompts):
+        whole = complete(server, prompt=given, n=3, max_tokens=9, seed=7).json()
+        assert [c["text"] for c in whole["choices"]] == expected and [c["index"] for c in whole["choices"]] == list(range(6))
+        assert whole["usage"] == dict(prompt_tokens=sum(map(len, prompts)), completion_tokens=sum(len(s.ids) for g in samples for s in g), total_tokens=sum(map(len, prompts)) + sum(len(s.ids) for g in samples for s in g))
+    found = [""] * 6
+    for chunk in events(server, "/v1/completions", prompt=prompts, n=3, max_tokens=9, seed=7):
+        for c in chunk["choices"]: found[c["index"]] += c["text"]
+    assert found == expected and server.idle()
+
+
+def test_official_client_gets_what_it_asks_for(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    asked = dict(model="tiny", messages=say("hello")["messages"], max_completion_tokens=12, seed=3, n=2, top_p=.95, logprobs=True, top_logprobs=2, extra_body=dict(top_k=20, min_p=.01, repetition_penalty=1.1))
+    whole = client.chat.completions.create(**asked)
+    assert [c.index for c in whole.choices] == [0, 1] and whole.choices[0].message.content != whole.choices[1].message.content
+    said, tokens, ends = ["", ""], [[], []], [None, None]
+    for chunk in client.chat.completions.create(**asked, stream=True, stream_options=dict(include_usage=True)):
+        for c in chunk.choices:
+            said[c.index] += c.delta.content or ""
+            tokens[c.index] += c.logprobs.content if c.logprobs else []
+            ends[c.index] = c.finish_reason or ends[c.index]
+    assert chunk.usage == whole.usage and chunk.choices == []
+    for c in whole.choices:
+        assert (said[c.index], tokens[c.index], ends[c.index]) == (c.message.content, c.logprobs.content, c.finish_reason)
+        assert b"".join(bytes(t.bytes) for t in c.logprobs.content).decode(errors="replace") == c.message.content
+        assert all(len(t.top_logprobs) == 2 and t.top_logprobs[0].logprob >= t.logprob for t in c.logprobs.content)
+    with client.chat.completions.stream(model="tiny", messages=asked["messages"], max_tokens=12, seed=3) as stream:
+        for _ in stream: continue
+        assert stream.current_completion_snapshot.choices[0].message.role == "assistant"
+    text = client.completions.create(model="tiny", prompt="hello", max_tokens=6, seed=1, logprobs=2, echo=True).choices[0]
+    streamed = [chunk.choices[0] for chunk in client.completions.create(model="tiny", prompt="hello", max_tokens=6, seed=1, logprobs=2, echo=True, stream=True)]
+    assert "".join(c.text for c in streamed) == text.text and text.text.startswith("hello") and streamed[-1].finish_reason == text.finish_reason
+    assert [t for c in streamed if c.logprobs for t in c.logprobs.tokens] == text.logprobs.tokens
+    assert [t for c in streamed if c.logprobs for t in c.logprobs.text_offset] == text.logprobs.text_offset
+
+
+def test_a_stop_text_is_never_shown_and_nothing_before_it_is_lost(model):
+    "By every path, for stops that end inside a token, at its end, at the limit, or never come"
+    with Server(model) as server:
+        silence(server.service.engine)
+        for path, asked in (("/v1/chat/completions", say("hello")), ("/v1/completions", dict(prompt="hello"))):
+            def ask(**more): return httpx.post(server.url + path, json=asked | dict(max_tokens=12, seed=3) | more, timeout=60).json()["choices"][0]
+            def text(choice): return choice["text"] if "text" in choice else choice.get("message", choice.get("delta")).get("content", "")
+            free = text(ask())
+            stops = sorted({free[a:a + n] for a in range(len(free)) for n in (1, 3)}) + [free[-1] + "never", free[-2:] + "\0"]
+            assert len(stops) > 12
+            for stop in stops:
+                expected = free[:free.find(stop)] if stop in free else free
+                whole = ask(stop=stop, logprobs=True)
+                chunks = [c for chunk in events(server, path, **asked, max_tokens=12, seed=3, stop=stop, logprobs=True) for c in chunk["choices"]]
+                assert text(whole) == "".join(map(text, chunks)) == expected, stop
+                assert whole["finish_reason"] == chunks[-1]["finish_reason"] == ("stop" if stop in free else "length")
+                if path == "/v1/completions" and stop in free: # tokens of the stop text are not listed either
+                    offsets = whole["logprobs"]["text_offset"] if expected else []
+                    assert offsets == [at for c in chunks if c["logprobs"] for at in c["logprobs"]["text_offset"]] and all(at < len(expected) for at in offsets) and bool(offsets) == bool(expected)
+        assert server.idle()
+
+
+def test_the_end_of_a_text_is_whole_however_it_ends(model, monkeypatch):
+    "A character or a possible stop that is held back comes out at a limit and at a stop token, once"
+    import nanochat.engine as module
+    bird, end = TOKENIZER.encode("🐦"), TOKENIZER.special["<|assistant_end|>"]
+    for words, limit, stop, text, reason in [
+            (TOKENIZER.encode("ab") + [end], 9, "bc", "ab", "stop"), (TOKENIZER.encode("ab"), len(TOKENIZER.encode("ab")), "bc", "ab", "length"), (TOKENIZER.encode("abcd"), 9, "bc", "a", "stop"),
+            (bird[:-1], len(bird) - 1, (), "\ufffd", "length"), (bird[:-1] + [end], 9, (), "\ufffd", "stop"), (bird + TOKENIZER.encode("!"), 9, "!", "🐦", "stop"), ([end], 9, "x", "", "stop")]:
+        said = iter(words)
+        monkeypatch.setattr(module, "choose_tokens", lambda logits, *rest: module.np.array([next(said)]))
+        service = Service(Engine(model, TOKENIZER, max_batch=1)).start()
+        async def read(): return [piece async for piece in service.submit([[5, 6]], max_tokens=limit, stop=stop).pieces()]
+        pieces = asyncio.run(read())
+        service.stop()
+        assert ("".join(p[1] for p in pieces), pieces[-1][0].reason) == (text, reason), words
+
+
+# log-probabilities of given texts
+
+def test_echo_with_logprobs_is_the_models_own_judgement_of_a_text(model):
+    "lm_eval's way: the prompt holds context and continuation, one token is added, the entries from the context's end to the last but one count"
+    with Server(model) as server:
+        prompts = [TOKENIZER.encode(text, prepend="<|bos|>") for text in ("hello world, how are you?", "you are", "are hello you " * 12)] + [[7]]
+        logs = [model(torch.tensor([p]))[0].log_softmax(-1) for p in prompts]
+        server.service.engine.stops.add(logs[0][-1].argmax().item())  # the token that comes next ends the answer
+        server.service.engine.notable[list(server.service.engine.stops)] = True
+        server.service.engine.piece_tokens = 5
+        for fields in (dict(prompt=prompts), *(dict(prompt=prompt) for prompt in prompts)):
+            chosen = zip(prompts, logs) if fields["prompt"] is prompts else [(fields["prompt"], logs[prompts.index(fields["prompt"])])]
+            answer = complete(server, **fields, max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1234).json()
+            for choice, (prompt, log) in zip(answer["choices"], chosen):
+                found = choice["logprobs"]
+                assert len(found["tokens"]) == len(found["token_logprobs"]) == len(found["top_logprobs"]) == len(found["text_offset"]) == len(prompt) + 1
+                assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+                exact = log[torch.arange(len(prompt) - 1), prompt[1:]]
+                torch.testing.assert_close(torch.tensor(found["token_logprobs"][1:-1]), exact, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found["token_logprobs"][-1], log[-1].max().item(), rtol=1e-4, atol=1e-4)
+                greedy = [logprob == max(top.values()) for logprob, top in zip(found["token_logprobs"][1:], found["top_logprobs"][1:])]
+                assert greedy == [*(log[:-1].argmax(-1) == torch.tensor(prompt[1:])).tolist(), True]
+        assert choice["finish_reason"] == "length" and server.idle()
+
+
+def test_a_text_that_is_judged_is_read_from_its_beginning_and_shares_nothing(model):
+    with Server(model) as server:
+        prompt = TOKENIZER.encode("hello world, how are you? " * 3, prepend="<|bos|>")
+        plain = complete(server, prompt=prompt, max_tokens=4, seed=1).json()["choices"][0]["text"]
+        judged = complete(server, prompt=prompt, max_tokens=4, seed=1, n=2, logprobs=0, echo=True).json()["choices"]
+        assert judged[0]["text"] == "hello world, how are you? " * 3 + plain
+        assert all(len(c["logprobs"]["tokens"]) >= len(prompt) and None not in c["logprobs"]["token_logprobs"][1:] for c in judged)
+        assert "".join(judged[0]["logprobs"]["tokens"][1:len(prompt)]) == "hello world, how are you? " * 3
+        assert all(judged[0]["text"][at:].startswith(name) for name, at in list(zip(judged[0]["logprobs"]["tokens"], judged[0]["logprobs"]["text_offset"]))[1:len(prompt)])
+
+
+def test_tokens_that_are_no_text_have_names_of_their_own():
+    stream = TextStream(TOKENIZER)
+    names = [token_name(stream, token)[0] for token in range(TOKENIZER.vocab_size)]
+    assert len(set(names)) == len(names) and names[200] == "bytes:\\xc8" and names[TOKENIZER.bos] == "<|bos|>"
+
+
+# bad requests
+
+@pytest.mark.parametrize("fields, named", [
+    (dict(), "prompt"), (dict(prompt=[]), "prompt"), (dict(prompt=[[]]), "prompt"), (dict(prompt=[5, -1]), "prompt"), (dict(prompt=[5, 290]), "prompt"), (dict(prompt=[1] * 256), "prompt"), (dict(prompt="x" * 32_001), "prompt.0"),
+    (dict(prompt=["a"] * 9), "prompt"), (dict(prompt=[["a"]]), "prompt.0"), (dict(prompt="a", stop=""), "stop.0"), (dict(prompt="a", stop=[1]), "stop.0"), (dict(prompt="a", stop=["a"] * 17), "stop"), (dict(prompt="a", top_p=0), "top_p"),
+    (dict(prompt="a", min_p=2), "min_p"), (dict(prompt="a", repetition_penalty=0), "repetition_penalty"), (dict(prompt="a", logprobs=21), "logprobs"), (dict(prompt="a", max_tokens=0), "max_tokens"), (dict(prompt="a", n=0), "n")])
+def test_malformed_completion_gets_422_with_the_field_and_disturbs_nobody(server, fields, named):
+    answer = complete(server, **fields)
+    assert answer.status_code == 422 and answer.json()["error"]["param"] == named, answer.text
+    assert complete(server, prompt="a", max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "\\ud83d"}', b"[" * 50_000, b"null", b"[]", b'"a"', b"\xff\xfe", b'{"prompt": {"a": 1}}', b'{"prompt": 1e999}', b""], ids=lambda c: str(c[:20]))
+def test_strange_bodies_are_refused_in_words(server, content):
+    answer = httpx.post(server.url + "/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422) and answer.json()["error"]["message"]
+
+
+def test_a_body_that_never_ends_is_given_up(server, monkeypatch):
+    import nanochat.serve
+    monkeypatch.setattr(nanochat.serve, "SLOWEST_BODY", .3)
+    with socket.create_connection(("127.0.0.1", server.port)) as half_open:
+        half_open.settimeout(10)
+        half_open.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{\"prompt\"")
+        assert b" 408 " in half_open.recv(4096).splitlines()[0]
+
+
+# places
+
+def test_clients_that_leave_free_their_places_at_once_at_work_and_in_line(model):
+    with Server(model, slots=1, queue=3) as server:
+        slow(server)
+        client = httpx.Client(timeout=60)
+        with pytest.raises(httpx.ReadTimeout): complete_once(server, .3)
+        assert server.idle(.5)
+        with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", max_tokens=200, stream=True), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout): complete_once(server, .3, n=3)
+            end = time.time() + .5
+            while server.service.places() != (1, 0) and time.time() < end: time.sleep(.01)
+            assert server.service.places() == (1, 0), "three answers in line are given up with their client"
+        assert server.idle(1) and client.get(server.url + "/health").json()["waiting"] == 0
+
+
+def complete_once(server, seconds, **fields):
+    return httpx.post(server.url + "/v1/completions", json=dict(prompt="a", max_tokens=200) | fields, timeout=seconds)
+
+
+def test_metrics_count_answers_tokens_and_refusals(model):
+    with Server(model, slots=2, queue=0) as server:
+        def numbers():
+            page = httpx.get(server.url + "/metrics")
+            assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert all(line.startswith(("# HELP nanochat_", "# TYPE nanochat_", "nanochat_")) for line in page.text.splitlines())
+            return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in page.text.splitlines() if not line.startswith("#"))}
+        silence(server.service.engine)
+        usage = complete(server, prompt="hello", n=2, max_tokens=5).json()["usage"]
+        found = numbers()
+        assert found['nanochat_answers_ended_total{end="stop"}'] == 0 and found['nanochat_answers_ended_total{end="length"}'] == found["nanochat_first_token_seconds_count"] == 2 and found["nanochat_first_token_seconds_sum"] > 0
+        assert found["nanochat_written_tokens_total"] == usage["completion_tokens"] == 10
+        assert found['nanochat_prompt_tokens_total{how="read"}'] == found['nanochat_prompt_tokens_total{how="shared"}'] == usage["prompt_tokens"] - 1
+        slow(server)
+        with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", n=2, max_tokens=200, stream=True), timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert numbers()['nanochat_answers{state="at_work"}'] == 2
+            assert complete(server, prompt="a").status_code == 503
+        assert server.idle(2)
+        found = numbers()
+        assert found['nanochat_answers_ended_total{end="left"}'] == 2 and found["nanochat_requests_refused_total"] == 1 and found['nanochat_answers{state="at_work"}'] == 0
+
+
+def test_shutdown_ends_open_streams_and_the_engines_thread(model):
+    with Server(model) as server:
+        slow(server)
+        with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", max_tokens=240, stream=True), timeout=20) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            start, server.server.should_exit = time.time(), True
+            with contextlib.suppress(httpx.RemoteProtocolError): list(lines)
+        server.thread.join(10)
+        assert time.time() - start < 5 and not server.thread.is_alive() and not server.service.thread.is_alive() and not server.service.open
+
+
+def test_good_clients_are_undisturbed_by_bad_ones(model):
+    "Seeded answers are those of the same requests alone, whatever the others do, and no place is left taken"
+    with Server(model, slots=4, queue=40) as server:
+        def good(i): return dict(prompt="hello " * (1 + i % 5), n=1 + i % 2, max_tokens=20, seed=i, top_p=.9, logprobs=1)
+        alone = [complete(server, **good(i)).json()["choices"] for i in range(6)]
+        end, asked, wrong = time.time() + 6, [], []
+
+        def well_behaved(i):
+            while time.time() < end:
+                answer = complete(server, **good(i))
+                asked.append(i)
+                if answer.status_code != 200 or [(c["text"], c["finish_reason"]) for c in answer.json()["choices"]] != [(c["text"], c["finish_reason"]) for c in alone[i]]: wrong.append(answer.text)
+
+        def half_open():
+            with socket.create_connection(("127.0.0.1", server.port)) as half: half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"); time.sleep(.1)
+
+        def hang_up():
+            with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", n=3, max_tokens=200, stream=True), timeout=5) as answer: next(answer.iter_lines())
+
+        tricks = [half_open, hang_up, lambda: complete_once(server, .05), lambda: httpx.post(server.url + "/v1/completions", content=b"{"), lambda: httpx.post(server.url + "/v1/completions", content=b"x" * (LARGEST_BODY + 1)),
+                  lambda: complete(server, prompt=[99999]), lambda: complete(server, prompt="a", temperature=-1), lambda: httpx.get(server.url + "/nowhere")]
+
+        def misbehaved(i):
+            while time.time() < end:
+                with contextlib.suppress(httpx.TransportError, OSError): tricks[i % len(tricks)]()
+                i += 3
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6) for work in (well_behaved, misbehaved)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(60)
+        assert not wrong and set(asked) == set(range(6)) and server.idle()
+        assert server.service.places() == (0, 0) and not server.service.choices and not server.service.engine.rows[len(server.service.engine.holes):]
+
+
 # the command line
 
 def command(module, *words, typed="", **options):
@@ -268,7 +541,7 @@ def test_command_errors_are_one_line_and_status_2(home, module, words, said):
 
 
 def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
-    import pty, select, signal
+    import pty, select
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -295,6 +568,7 @@ def test_chat_conversation_on_a_terminal_survives_ctrl_c(home):
         os.write(terminal, b"/temperature 0\n"); until(b"temperature is 0"); until(b"you: ")
         os.write(terminal, b"/exit\n")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert (home / "chat_history").read_text().splitlines()[-3:] == ["hello", "/temperature 0", "/exit"]
     finally: os.close(terminal)
 
 
@@ -309,6 +583,20 @@ def test_interrupted_answer_stays_in_the_conversation(model):
     assert chat.left_out > 0
     with pytest.raises(NanochatError): list(chat.reply("long " * 400))
     assert run_command(chat, "/clear") and not chat.messages
+
+
+def test_ctrl_c_ends_the_answer_and_nothing_else(model, capsys):
+    from nanochat.chat import say
+    expected = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=12)
+    whole = "".join(expected.reply("hello"))
+    chat, steps = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=12), []
+    step = chat.engine.step
+    chat.engine.step = lambda: (steps.append(1), signal.raise_signal(signal.SIGINT) if len(steps) == 6 else None, step())[2]
+    say(chat, "hello")
+    heard = "".join(part["text"] for part in chat.messages[1]["content"])
+    assert not chat.engine.busy and whole.startswith(heard) and 0 < len(heard) < len(whole) and capsys.readouterr().out.endswith(" …\n")
+    say(chat, "and now?")
+    assert len(chat.messages) == 4 and chat.messages[3]["content"] and not chat.engine.busy
 
 
 def test_a_model_cannot_command_the_terminal(capsys):
@@ -328,7 +616,6 @@ def test_best_stage_prefers_the_latest(home):
 
 
 def test_serve_command_serves_and_ends_on_ctrl_c(home):
-    import signal
     process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         said = process.stdout.readline()
@@ -348,7 +635,6 @@ def test_serve_command_serves_and_ends_on_ctrl_c(home):
 
 @pytest.mark.parametrize("words, warned", [(("--host", "0.0.0.0"), True), (("--host", "0.0.0.0", "--api-key", "sesame"), False), (("--host", "localhost"), False)])
 def test_serve_command_warns_when_everybody_may_ask(home, words, warned):
-    import signal
     environment = {k: v for k, v in os.environ.items() if k != "NANOCHAT_API_KEY"}
     process = subprocess.Popen([sys.executable, "-m", "nanochat.serve", "--device", "cpu", "--port", "0", "--run", "random", "--no-chat-page", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:
@@ -426,7 +712,7 @@ def test_chat_page_answers_in_a_browser_without_a_network(model, tmp_path):
         try:
             page.until("const t = all(document).find(e => e.tagName == 'TEXTAREA'); if (t) t.focus(); return !!t")
             prompts, submit = [], server.service.submit
-            server.service.submit = lambda prompt, **options: (prompts.append(prompt), submit(prompt, **options | dict(max_tokens=12)))[1]
+            server.service.submit = lambda asked, **settings: (prompts.extend(asked), submit(asked, **settings | dict(max_tokens=12)))[1]
             names = "all(document).filter(e => e.classList.contains('name')).map(e => (e.shadowRoot || e).textContent.trim())"
             for turn, text in enumerate(("hello there", "and again"), 1):
                 page.until("const t = all(document).find(e => e.tagName == 'TEXTAREA' && !e.disabled); if (t) t.focus(); return !!t")

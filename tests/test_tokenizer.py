@@ -565,9 +565,10 @@ def test_published_tokenizers_are_found_by_their_files_and_a_damaged_one_is_left
     assert {name: encoding.n_vocab for name, encoding in found.items()} == {"GPT-2": 50257, "GPT-4": 100277}
     assert found["GPT-2"].encode_ordinary("Hello, world!") == [15496, 11, 995, 0]
     assert found["GPT-4"].encode_ordinary("Hello, world!") == [9906, 11, 1917, 0]
-    tiktoken.registry.ENCODINGS.clear()
     folder.chmod(0o755)
-    (folder / "vocab.bpe").write_text("#version\na b\n")
+    (folder / "r50k_base.tiktoken").write_text("IQ== 0\n")
+    assert list(module.published_encodings(root)) == ["GPT-2", "GPT-4"], "both lie in tiktoken's cache by now"
+    min((tmp_path / "empty").iterdir(), key=lambda path: path.stat().st_size).write_text("damaged")  # GPT-2's is the smaller one
     assert list(module.published_encodings(root)) == ["GPT-4"]
 
 

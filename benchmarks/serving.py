@@ -1,0 +1,91 @@
+"""The server under load: 16 streams against one, and what a long prompt does to a stream that is being written.
+
+python benchmarks/serving.py [--depth 4] [--streams 16] [--new 200] [--prompt 1500] [--vocab-size 8192] [--rounds 3] [--threads 2] [--record FILE.json]
+
+The server runs in a process of its own, as it would; the clients here read its streams over HTTP. Throughput is all tokens of a round divided by its time.
+The time between tokens is that of one stream; meanwhile a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer.
+"""
+import argparse, asyncio, json, multiprocessing, os, statistics, time
+
+
+def serve(args, ready) -> None:
+    "A server with a random model on a free port"
+    import torch, uvicorn
+    from inference import random_model
+    from nanochat.engine import Engine
+    from nanochat.serve import Service, make_app, open_port
+    from nanochat.tokenizer import Tokenizer
+    torch.set_num_threads(args.threads)
+    tokenizer = Tokenizer.train(["hello world, how are you? " * 40], 290)
+    engine = Engine(random_model(args.depth, args.vocab_size, 2048).requires_grad_(False), tokenizer, max_batch=32)
+    engine.notable[:], engine.stops = False, set()  # noise should not end it
+    listening = open_port("127.0.0.1", 0)
+    ready.send(listening.getsockname()[1])
+    uvicorn.Server(uvicorn.Config(make_app(Service(engine), chat_page=False), log_level="error")).run(sockets=[listening])
+
+
+async def stream(client, prompt: list[int], new: int, seed: int) -> list[float]:
+    "When each piece of an answer arrives"
+    wanted, times = dict(prompt=prompt, max_tokens=new, seed=seed, top_k=50, stream=True), []
+    async with client.stream("POST", "/v1/completions", json=wanted, timeout=300) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"): times.append(time.perf_counter())
+    return times
+
+
+async def throughput(client, streams: int, new: int) -> float:
+    "Tokens a second of so many streams at once"
+    start = time.perf_counter()
+    await asyncio.gather(*[stream(client, [1 + i] * 8, new, i) for i in range(streams)])
+    return streams * new / (time.perf_counter() - start)
+
+
+async def interruption(client, new: int, length: int, seed: int) -> tuple[float, float]:
+    "Median and longest time between the pieces of a stream while a long prompt is read, in ms"
+    async def late():
+        await asyncio.sleep(.3)
+        start = time.perf_counter()
+        await stream(client, [(seed * 7 + i * 31) % 200 for i in range(length)], 1, 0)  # never the same beginning twice
+        return start, time.perf_counter()
+    times, (start, end) = await asyncio.gather(stream(client, [5] * 8, new, seed), late())
+    assert end < times[-1], "the stream ended before the long prompt was read; ask for more --new tokens"
+    gaps = [(b - a) * 1e3 for a, b in zip(times, times[1:])]
+    return statistics.median(gaps), max(gap for gap, at in zip(gaps, times[1:]) if start <= at <= end + .1)
+
+
+async def measure(args, port: int) -> dict:
+    "Medians of some rounds, in turns"
+    import httpx
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=None)) as client:
+        await throughput(client, args.streams, 8)  # warm up
+        one, many, gaps = [], [], []
+        for i in range(args.rounds):
+            one.append(await throughput(client, 1, args.new))
+            many.append(await throughput(client, args.streams, args.new))
+            gaps.append(await interruption(client, 4 * args.new, args.prompt, i + 1))
+    middle = statistics.median
+    found = dict(one=middle(one), many=middle(many), ratio=middle(b / a for a, b in zip(one, many)),
+                 gap_ms=middle(gap for gap, _ in gaps), longest_gap_ms=middle(longest for _, longest in gaps), gap_ratio=middle(longest / gap for gap, longest in gaps))
+    return {key: round(value, 2) for key, value in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name, value in dict(depth=4, streams=16, new=200, prompt=1500, vocab_size=8192, rounds=3, threads=os.cpu_count()).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    parser.add_argument("--record", help="write the figures to this JSON file")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    server = context.Process(target=serve, args=(args, theirs), daemon=True)
+    server.start()
+    theirs.close()  # so that a server that fails ends the waiting, too
+    try: found = asyncio.run(measure(args, mine.recv()))
+    finally: server.terminate()
+    print(f"depth {args.depth}: one stream {found['one']:,.0f} tokens/s, {args.streams} streams {found['many']:,.0f} together: {found['ratio']:.1f} times as many")
+    print(f"a prompt of {args.prompt} tokens arrives: {found['gap_ms']:.1f} ms between the tokens of a running stream, at most {found['longest_gap_ms']:.1f} meanwhile: {found['gap_ratio']:.1f} times")
+    if args.record: open(args.record, "w").write(json.dumps(dict(settings=vars(args) | dict(torch=__import__("torch").__version__), results=found), indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
