@@ -56,6 +56,7 @@ def tensor_difference(got, want, # two torch tensors
     if got.dtype != want.dtype: return f'dtype {got.dtype} came back, {want.dtype} was expected'
     if got.numel() == 0: return None
     if bool((got.isnan() & ~want.isnan()).any()): return 'some values are NaN: a division by zero, or a logarithm of zero?'
+    if bool((want.isnan() & ~got.isnan()).any()): return 'some values are numbers where NaN was expected'
     gap = (got.detach().double() - want.detach().double()).nan_to_num(0.0).abs().max().item()   # both infinite, or both NaN: no difference
     return None if gap <= tolerance else f'the largest difference is {gap:.3g}; at most {tolerance:.0e} is allowed'
 
@@ -571,6 +572,7 @@ def train_little(ids: list[int], # the text, in tokens
     length: int = 64, # T, tokens of a row
     rows: int = 16, # B
     device: str = 'cpu',
+    make_move: Callable = None, # model -> function of the step's number that changes the weights; None: AdamW
     **sizes, # other fields of GPTConfig
 ) -> tuple: # the model, on the CPU, and the loss before each step, in nats a token
     "Train the lessons' little model"
@@ -579,15 +581,16 @@ def train_little(ids: list[int], # the text, in tokens
     torch.manual_seed(seed)
     sizes = dict(n_layer=2, n_head=4, n_kv_head=4, n_embd=64) | sizes
     model = GPT(GPTConfig(sequence_len=length, vocab_size=vocab_size, **sizes)).to(device)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0), []
+    adamw = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    move, losses = make_move(model) if make_move else lambda step: adamw.step(), []
     text, draw = torch.tensor(ids), torch.Generator().manual_seed(seed)
     for step in range(steps):
         starts = torch.randint(len(text) - length, (rows, 1), generator=draw)
         batch = text[starts + torch.arange(length + 1)].to(device)
         loss = model(batch[:, :-1], batch[:, 1:])   # each token is to be guessed from those before it
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        move(step)
+        model.zero_grad()
         losses.append(loss.item())
     return model.cpu(), losses
 
