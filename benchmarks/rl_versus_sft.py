@@ -2,7 +2,7 @@
 
 python benchmarks/rl_versus_sft.py --run kindergarten
 """
-import argparse, json, math, shutil, time
+import argparse, json, math, shutil
 from functools import partial
 
 from nanochat.checkpoint import load_model

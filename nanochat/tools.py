@@ -8,7 +8,7 @@ __all__ = ['LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LARGEST_VALUE', 'ISOLATI
            'enter_namespaces', 'drop_privileges', 'launch', 'run_sandboxed', 'isolation_level']
 
 # %% ../nbs/13_tools.ipynb #f101012c
-import ctypes, inspect, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
+import inspect, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path

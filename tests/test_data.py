@@ -17,9 +17,8 @@ import torch
 from nanochat.common import NanochatError, Run
 from nanochat.dataloader import ConversationLoader, DocumentLoader
 from nanochat import dataset
-from nanochat.dataset import (CORPORA, Source, corpus_files, corpus_here, corpus_sources, describe_file, download, download_extra, file_documents,
-                              find_bundle, find_corpus, folder_root, hub_names, main, make_kindergarten, parquet_documents, parquet_row_groups,
-                              read_manifest, split_files, update_manifest, verify_files, with_retries)
+from nanochat.dataset import (CORPORA, corpus_files, corpus_here, corpus_sources, describe_file, download, download_extra, find_bundle, find_corpus, folder_root, hub_names, main, make_kindergarten, parquet_documents, parquet_row_groups,
+                              split_files, update_manifest, verify_files, with_retries)
 
 FINEWEB = CORPORA['fineweb-edu']
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'

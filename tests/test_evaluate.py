@@ -1,5 +1,5 @@
 """Evaluation: the same verdicts from any number of processes, for any batch size, and after a restart."""
-import json, os, subprocess, sys
+import os, subprocess, sys
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq
@@ -7,7 +7,7 @@ import pytest, torch
 
 from nanochat import evaluate
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Compute, NanochatError, Run
+from nanochat.common import Compute, Run
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tasks import load_task
 from nanochat.tokenizer import Tokenizer

@@ -1,5 +1,4 @@
 "What reinforcement learning promises: the textbook's gradient under every switch, exact resuming, and the same steps in every process."
-import copy
 import math
 import os
 import socket

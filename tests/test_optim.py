@@ -12,10 +12,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat import muon
-from nanochat.common import Compute, NanochatError, Run, compute_cleanup, compute_init, leave_now
+from nanochat.common import NanochatError, Run, compute_cleanup, compute_init, leave_now
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.muon import (GROUPS, POLAR_EXPRESS, QUINTICS, AdamW, Muon, Schedule, divide, even_lines, load_optimizer_state, lr_multiplier, make_optimizers,
+from nanochat.muon import (GROUPS, POLAR_EXPRESS, QUINTICS, AdamW, Muon, Schedule, divide, load_optimizer_state, lr_multiplier, make_optimizers,
                            muon_momentum, newton_schulz, optimizer_recipe, optimizer_state, set_rates, step_together)
 from nanochat.pretrain import CLASSIC, choose_fields, recipe_from_depth
 from nanochat.train import Trainer

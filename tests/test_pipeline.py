@@ -1,5 +1,5 @@
 "What crosses stages and processes: the whole run under papermill, kill and resume, torchrun, and what bad input gets."
-import json, os, random, re, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import psutil

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from nanochat import preflight as pf
-from nanochat.common import NanochatError, Run, load_profile
+from nanochat.common import NanochatError, Run
 from nanochat.preflight import Estimate, check_hub, data_place, missing_files, plan_run, preflight, profile_machine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,5 @@
 """The report card: from records alone, in any state of a run, the same bytes each time, safe with whatever a model wrote."""
-import itertools, json, re, shutil, subprocess, sys
+import itertools, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 
 import pytest

@@ -8,7 +8,7 @@ import torch
 httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from nanochat.chat import Chat, best_stage, fit_messages, run_command
+from nanochat.chat import Chat, best_stage, run_command
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import NanochatError, Run
 from nanochat.engine import Engine, TextStream, readable_text

@@ -1,5 +1,5 @@
 "What must hold of the pages around the notebooks: the site's map, links, commands, and what CI runs."
-import importlib, json, os, re, shlex, shutil, subprocess, sys
+import importlib, json, os, re, shlex, subprocess, sys
 from pathlib import Path
 
 import pytest, yaml

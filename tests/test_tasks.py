@@ -2,13 +2,12 @@
 import json, re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 import pytest
 
 from nanochat import tasks
 from nanochat.common import NanochatError
-from nanochat.tasks import load_task, load_mixture, Mixture, CustomJSON, permutation, read_conversations, tool_parts
+from nanochat.tasks import load_task, Mixture, CustomJSON, permutation, read_conversations, tool_parts
 
 REAL = Path(__file__).resolve().parents[2]/'shared'/'data'/'hf_parquet'
 real = pytest.mark.skipif(not REAL.exists(), reason='the real data sets are not here')
