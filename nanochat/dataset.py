@@ -480,7 +480,7 @@ def corpus_here(root: Path, corpus: Corpus) -> list[Path]:
     folder = Path(root)/corpus.repo
     if folder.is_file() and file_format(folder): return [folder]
     own = Path(corpus.repo).is_absolute()
-    inside = [path.relative_to(folder) for path in folder.rglob('*') if path.is_file() and fnmatch(path.relative_to(folder).as_posix(), corpus.pattern)]
+    inside = [path.relative_to(folder) for path in folder.rglob('*') if path.is_file() and path.name != 'manifest.json' and fnmatch(path.relative_to(folder).as_posix(), corpus.pattern)]
     found = choose_files(inside, parquet=not own)
     if own and (left := sorted(set(inside) - set(found))): print0(f"{folder.name}: {len(found)} files used, {len(left)} not, as {left[0]}")
     if found: return [folder/path for path in found]
