@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'SHOTS', 'TEMPLATES', 'WORTH_SHARING', 'take_batches', 'cou
            'common_length', 'Row', 'tokenize_prompts', 'pad_rows', 'score_spans', 'score_rows', 'shared_start',
            'score_shared', 'pack_items', 'score_items', 'is_right', 'evaluate_task', 'evaluate_core', 'core_csv']
 
-# %% ../nbs/10_core.ipynb #d6a825a6
+# %% ../nbs/10_core.ipynb #deae1e3a
 import csv
 import json
 import math
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from .attention import KVCache
 from .common import Compute, NanochatError
 from .tokenizer import Tokenizer
 
@@ -217,7 +216,7 @@ def score_rows(model,  # a GPT: .hidden(ids) → (R, T, C), .logits(x) → (…,
     ids = pad_rows(rows, pad, device)
     return score_spans(model, model.hidden(ids), ids, rows)
 
-# %% ../nbs/10_core.ipynb #4e4f0e73
+# %% ../nbs/10_core.ipynb #9613ac52
 def shared_start(rows: list[Row]) -> int:
     "Tokens at the start of an item's rows that need to be read only once: what they share, up to the last token before an answer."
     return min(common_length([row.ids for row in rows]), min(row.start for row in rows) - 1) if len(rows) > 1 else 0
@@ -227,17 +226,17 @@ def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) 
     "Score the rows of several items, reading the shared start of each item once and its keys and values for every row."
     starts = [shared_start(rows) for rows in items]
     prefix = pad_rows([Row(rows[0].ids[:start], 0, 0) for rows, start in zip(items, starts)], pad, device)
-    read = KVCache(model.config, len(items), prefix.size(1), device=device, dtype=model.compute_dtype)
+    read = model.make_cache(len(items), prefix.size(1))
     model.hidden(prefix, cache=read)
     owner = torch.tensor([i for i, rows in enumerate(items) for _ in rows], device=device)
     tails = [Row(row.ids[start:], row.start - start, row.stop - start) for rows, start in zip(items, starts) for row in rows]
     ids = pad_rows(tails, pad, device)
-    cache = KVCache(model.config, len(tails), prefix.size(1) + ids.size(1), device=device, dtype=model.compute_dtype)
+    cache = model.make_cache(len(tails), prefix.size(1) + ids.size(1))
     for mine, theirs in zip(cache.parts, read.parts): mine[:, :, :, :prefix.size(1)] = theirs[:, owner]
     cache.lengths[:] = torch.tensor(starts, device=device)[owner]  # padding after a shorter start is overwritten or masked
     return score_spans(model, model.hidden(ids, cache=cache), ids, tails)
 
-# %% ../nbs/10_core.ipynb #619c27cc
+# %% ../nbs/10_core.ipynb #b7787b8a
 def pack_items(items: list[list[Row]], tokens: int) -> Iterator[list[int]]:  # indices of the items of each batch
     "Batches of items of like length, at most `tokens` tokens each, padding included (or one item)."
     size = [max(len(row.ids) for row in rows) for rows in items]
@@ -253,11 +252,11 @@ WORTH_SHARING = 16  # tokens of shared start from which reading them once pays
 
 def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
                 tokens: int = 8192,    # of one forward pass
-                share: bool = True,    # read shared starts once
+                share: bool = True,    # read shared starts once, if the model has a cache for it
                 max_len: int = 2**30,  # positions the model has room for
                ) -> list[list[tuple[float, bool]]]:  # scores of the rows of each item
     "Score all rows of all items in batches."
-    scores = [None]*len(items)
+    scores, share = [None]*len(items), share and hasattr(model, 'make_cache')
     for use in (True, False):
         chosen = [i for i, rows in enumerate(items) if use == (share and shared_start(rows) >= WORTH_SHARING and 2*max(len(row.ids) for row in rows) <= max_len)]
         for batch in pack_items([items[i] for i in chosen], tokens):
@@ -266,7 +265,7 @@ def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
             for i, rows in zip(batch, group): scores[chosen[i]] = [next(flat) for _ in rows]
     return scores
 
-# %% ../nbs/10_core.ipynb #c5caf90a
+# %% ../nbs/10_core.ipynb #3f774390
 def is_right(kind: str, scores: list[tuple[float, bool]], item: dict) -> bool:
     "Whether an item is answered right: the lowest mean loss wins, or every token must be the most likely."
     if kind == 'language_modeling': return scores[0][1]
