@@ -53,7 +53,7 @@ def bits_per_byte(
     compute: Compute,
     num_batches: int | None = None,  # of each process; None is all there are
 ) -> float:
-    "Nats of all text tokens / (ln 2 · their bytes), over all processes (FACTS 1.8)."
+    "Nats of all text tokens / (ln 2 · their bytes), over all processes (the reference system, October 2025)."
     token_bytes = torch.as_tensor(token_bytes, dtype=torch.int64, device=compute.device)
     total = torch.zeros(2, dtype=torch.float64 if compute.device.type != 'mps' else torch.float32, device=compute.device)  # nats, bytes
     for batch in take_batches(batches, num_batches):
@@ -124,7 +124,7 @@ def load_bundle(bundle: Path) -> list[CoreTask]:
 
 # %% ../nbs/10_core.ipynb #2bfa93a8
 def load_items(task: CoreTask) -> list[dict]:
-    "The items of a task in the fixed order in which they are asked: shuffled with seed 1337 (FACTS 1.9)."
+    "The items of a task in the fixed order in which they are asked: shuffled with seed 1337 (the reference system, October 2025)."
     items = []
     try: lines = task.path.read_text(encoding='utf-8').split('\n')
     except OSError: raise NanochatError(f"task {task.label}: {task.path} is missing from the bundle; fetch it again") from None
@@ -141,7 +141,7 @@ def load_items(task: CoreTask) -> list[dict]:
 
 # %% ../nbs/10_core.ipynb #39d8f530
 def draw_shots(items: list[dict], i: int, num_fewshot: int) -> list[dict]:
-    "The solved examples before item `i`: drawn with seed 1234+i from all other items (FACTS 1.9)."
+    "The solved examples before item `i`: drawn with seed 1234+i from all other items (the reference system, October 2025)."
     drawn = random.Random(1234 + i).sample(range(len(items) - 1), min(num_fewshot, len(items) - 1))
     return [items[j + (j >= i)] for j in drawn]  # numbering the others without a list of them
 
@@ -178,7 +178,7 @@ class Row:
 def tokenize_prompts(kind: str, prompts: list[str], tokenizer: Tokenizer,
                      max_len: int = 2**30,  # longer rows lose tokens at their start
                     ) -> list[Row]:
-    "Rows with their answer spans: what follows a shared start, what is shared at the end, or what follows the prompt (FACTS 1.9)."
+    "Rows with their answer spans: what follows a shared start, what is shared at the end, or what follows the prompt (the reference system, October 2025)."
     rows = tokenizer.encode(prompts, prepend=tokenizer.bos)
     shared = common_length(rows, from_end=kind == 'schema')
     if kind == 'language_modeling': rows = rows[1:]
@@ -300,7 +300,7 @@ def evaluate_core(model, tokenizer: Tokenizer,
                   labels: list[str] | None = None,  # only these tasks
                   **options,               # of evaluate_task
                  ) -> dict:                # {'core': float, 'tasks': {label: …}}
-    "The CORE metric: the plain mean of the tasks' centred accuracies (FACTS 1.9)."
+    "The CORE metric: the plain mean of the tasks' centred accuracies (the reference system, October 2025)."
     tasks = load_bundle(bundle)
     unknown = set(labels or []) - {task.label for task in tasks}
     if unknown: raise NanochatError(f"unknown CORE task {sorted(unknown)[0]!r}; this bundle has: {', '.join(task.label for task in tasks)}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import yaml
 
 from nanochat.common import Compute, NanochatError
-from nanochat.core import (CoreTask, Row, bits_per_byte, centered, draw_shots, evaluate_core, evaluate_task, load_bundle, load_items, render_prompts,
+from nanochat.core import (Row, bits_per_byte, centered, draw_shots, evaluate_core, evaluate_task, load_bundle, load_items, render_prompts,
                            score_items, score_rows, tokenize_prompts, unigram_bits_per_byte)
 from nanochat.dataloader import rows_to_batch
 from nanochat.gpt import GPT, GPTConfig

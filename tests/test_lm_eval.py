@@ -1,7 +1,6 @@
 """Our models under lm-evaluation-harness, and models of transformers under our CORE: the arithmetic by hand, and both examiners on the same questions."""
 import importlib.util
 import json
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
