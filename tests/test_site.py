@@ -67,9 +67,10 @@ def check_module(words): # of a command from `-m` on
     "Raise for an option or value that the module's command line refuses"
     name, *given = words
     module = importlib.import_module(name)
-    if isinstance(module.main, Stage):
-        known = stage_options(module.main.func)
-        for option, text in vars(build_parser(module.main.func, module.main.section).parse_args(given)).items():
+    main = module.examine if "--tasks" in given and hasattr(module, "examine") else module.main  # the harness's command of nanochat.hf
+    if isinstance(main, Stage):
+        known = stage_options(main.func)
+        for option, text in vars(build_parser(main.func, main.section).parse_args(given)).items():
             if option in known and text is not None: parse_value(option, text, known[option]["kind"])
     elif hasattr(module, "build_parser"): module.build_parser().parse_args(given)
     else: assert not any(word.startswith("-") for word in given), words  # a command without options
