@@ -34,9 +34,11 @@ speedrun: setup
 	  --log-output --no-progress-bar --kernel python3
 	@echo "report card: $(NANOCHAT_HOME)/runs/$(RUN)/report.md and report.html; chat with the model: make chat RUN=$(RUN)"
 
+# Two at a time, each on one core: notebooks, then test files
+test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|speedrun'
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadscope
 
 lab: setup
 	$(BIN)/jupyter lab
