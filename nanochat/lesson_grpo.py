@@ -233,7 +233,6 @@ class AdvantageSandbox(Twin):
     def pushes(self, rewards: list[float], by_deviation: bool) -> tuple[list[float], list[float]]: # of each try
         "The advantages, and what each chosen token gets of them"
         gains = advantages(torch.tensor([rewards], dtype=torch.float32), by_deviation)[0].tolist()
-        if agrees(rewards): gains = [0.0] * len(rewards)
         teaching = sum(sum(mask) for gain, (_, mask) in zip(gains, self.tries) if gain)
         return gains, [gain / max(teaching, 1) for gain in gains]
     def title(self, *values) -> str: return 'rewards ' + ', '.join(f'{r:g}' for r in values[:-1]) + ', divided by the deviation' * values[-1]
