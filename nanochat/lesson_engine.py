@@ -213,7 +213,7 @@ def plain_uniform(
     "`engine.uniform`, row by row, so that the zoo can put a bug into `noise`"
     return np.array([noise(key, step) for key, step in zip(keys.tolist(), steps.tolist())])
 
-# %% ../nbs/32_lesson_engine.ipynb #333c7f90
+# %% ../nbs/32_lesson_engine.ipynb #0d084a93
 def boxes(pieces: list[str], held: int, computed: int) -> str:
     "A text as boxes: first those whose keys and values are held, then those that are computed now, then those that are yet to come"
     colours = ['#90caf9'] * held + ['#ffb74d'] * computed + ['#eceff1'] * (len(pieces) - held - computed)
@@ -223,7 +223,7 @@ def boxes(pieces: list[str], held: int, computed: int) -> str:
 
 def latency_bars(milliseconds: list[float], shown: int, top: float, colour: str) -> str:
     "The first `shown` bars of a bar chart, as SVG"
-    width = 14
+    width = 24
     bars = ''.join(f'<rect x="{width * i + 2}" y="{56 - 54 * min(ms / top, 1):.1f}" width="{width - 4}" height="{54 * min(ms / top, 1):.1f}" fill="{colour}"/>'
                    for i, ms in enumerate(milliseconds[:shown]))
     return (f'<svg width="{width * len(milliseconds) + 4}" height="58" role="img" aria-label="milliseconds of each step">'
