@@ -585,7 +585,15 @@ def test_interrupted_answer_stays_in_the_conversation(model):
     assert run_command(chat, "/clear") and not chat.messages
 
 
-def test_ctrl_c_ends_the_answer_and_nothing_else(model, capsys):
+@pytest.fixture
+def ctrl_c():
+    "Ctrl-C interrupts, also where tests run side by side: there the runner lets it pass"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_answer_and_nothing_else(model, capsys, ctrl_c):
     from nanochat.chat import say
     expected = Chat(Engine(model, TOKENIZER), temperature=0, max_tokens=12)
     whole = "".join(expected.reply("hello"))
