@@ -38,7 +38,7 @@ speedrun: setup
 test: export OMP_NUM_THREADS = 1
 test: setup
 	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|speedrun'
-	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadscope
+	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadgroup
 
 lab: setup
 	$(BIN)/jupyter lab

@@ -457,9 +457,17 @@ def common_fact(world: World, rng: random.Random) -> list[dict]:
     return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
 
 # %% ../nbs/02_kindergarten.ipynb #7b180acb
-def spell_turn(word: str) -> list[dict]: return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
-def sum_turn(a: int, b: int) -> list[dict]: return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
-def program_turn(p: Program) -> list[dict]: return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
+def spell_turn(word: str) -> list[dict]:
+    "A word is asked for letter by letter"
+    return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
+
+def sum_turn(a: int, b: int) -> list[dict]:
+    "A sum without a calculator"
+    return turn(f"What is {a} + {b}?", f"{a} + {b} = {a + b}.")
+
+def program_turn(p: Program) -> list[dict]:
+    "The head of a function is given, and the reply is the whole function"
+    return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
 
 TOPICS = dict( # topic → (share of the turns, what makes one from the world, a random generator and the programs of the training side)
     story=(4, lambda world, rng, code: turn(rng.choice(("Tell me a story.", "Tell me something about people.")), story(world, rng))),

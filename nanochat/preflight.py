@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'PUBLISHED_ROWS', 'ACTIVATION', 'PROCESS', 'TOKENS_A_ROW', 
            'count_steps', 'plan_training', 'written', 'plan_evaluation', 'hub_shards', 'characters', 'missing_files',
            'plan_data', 'plan_run', 'Machine', 'profile_machine', 'best_seconds', 'matmul_flops', 'measure_model',
            'free_disk', 'this_machine', 'Estimate', 'show_minutes', 'estimate_rows', 'check_memory', 'check_disk',
-           'check_shards', 'check_processes', 'check_trainer', 'check_hub', 'check_folder', 'preflight']
+           'check_shards', 'check_processes', 'check_trainer', 'check_hub', 'check_folder', 'remember', 'preflight']
 
 # %% ../nbs/23_preflight.ipynb #4477a56c
 import contextlib, importlib, io, math, os, shutil, time, warnings
@@ -529,6 +529,11 @@ def check_folder(run: str) -> None:
     except OSError as error: raise NanochatError(f"{probe.parent}: cannot be written ({error.strerror}); set NANOCHAT_HOME to a folder of your own") from None
 
 # %% ../nbs/23_preflight.ipynb #0e64ccff
+def remember(estimate: Estimate, name: str) -> None: # name: of the run
+    "Note in run.json what each stage that is still to come should take, in seconds: the report compares"
+    run = Run.create(name, profile=estimate.profile)
+    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done})
+
 def preflight(
     profile: str = "kindergarten", # name or path of a profile
     run: str = "on-paper", # name of the run
@@ -555,4 +560,5 @@ def preflight(
     estimate = Estimate(profile, plans, machine)
     check_memory(estimate)
     check_disk(estimate)
+    if not dry_run: remember(estimate, run)
     return estimate

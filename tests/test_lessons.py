@@ -500,6 +500,7 @@ def test_stored_lesson_is_executed_and_shows_no_error_and_no_machine(path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_lesson_with_solutions_filled_in_passes_every_check_under_papermill_within_its_time(path, tmp_path):
     "What a learner has at the end: every stub replaced by the library's source, and checks that raise. (With the stubs, nbdev_test runs it.)"

@@ -188,7 +188,9 @@ def test_complete_stages_cost_nothing_more():
     whole = preflight("tiny", "run")
     run = Run.create("run")
     for stage in ("dataset", "tokenizer", "base"): run.write_json({}, "stages", f"{stage}.json")
+    first = run.info["estimate"]
     rest = preflight("tiny", "run")
+    assert set(first) == {plan.stage for plan in whole.plans} and run.info["estimate"]["base"] == first["base"] > 0  # the one made before it ran stays
     assert rest.seconds[:3] == [0, 0, 0] and rest.disk < whole.disk and "done" in repr(rest)
 
 

@@ -88,6 +88,15 @@ def test_any_subset_of_the_records_gives_a_report(run):
     assert report.write_report(run)['scores'] == {}
 
 
+def test_an_estimate_stands_beside_the_time_of_its_stage(run):
+    fill(run)
+    run.update_info(estimate=dict(base=100., rl=700., report=3.))
+    report.write_report(run)
+    text = written(run)[0].decode()
+    assert '| base | 2 min 00 s | 1 min 40 s |' in text and '13 min 20 s for these stages, made before they began; they took 0.75 times that' in text
+    assert '| mid | 4 min 00 s | – |' in text
+
+
 def test_verdicts_of_an_earlier_checkpoint_do_not_count(run):
     fill(run)
     kept = run.read_json('evals', 'sft_GSM8K.json')
@@ -97,7 +106,9 @@ def test_verdicts_of_an_earlier_checkpoint_do_not_count(run):
 
 def test_badges_need_two_standard_errors(run):
     fill(run)
-    assert set(report.write_report(run)['badges']) == {'First words', 'Not guessing', 'Tool user', 'Finishing school', 'Self-taught', 'GPT-2', 'Speedrun'}
+    assert set(report.write_report(run)['badges']) == {'First words', 'Not guessing', 'Tool user', 'Finishing school', 'Self-taught', 'Speedrun', 'GPT-2 124M', 'GPT-2 355M', 'GPT-2 774M', 'd20', 'GPT-2 XL'}
+    run.write_json({**run.read_json('evals', 'base_CORE.json'), 'tasks': {f't{i}': dict(accuracy=.42, centered=.2, n=2000, baseline=25.) for i in range(22)}}, 'evals', 'base_CORE.json')
+    assert 'GPT-2 355M' in report.write_report(run)['badges'] and b'Next goal: GPT-2 774M (CORE above 0.2146; the published d20 got there in 3.9 hours' in written(run)[1]
     for stage in ('mid', 'sft', 'rl'):
         for task in ('GSM8K', 'ARC-Easy'):
             record = run.read_json('evals', f'{stage}_{task}.json')
@@ -133,5 +144,5 @@ def test_the_little_worlds_scores_never_stand_beside_published_ones(run):
     report.write_report(run)
     header, _ = report.score_table(report.read_records(run))
     assert header == ['measure', 'BASE', 'MID', 'SFT', 'RL']
-    assert 'GPT-2' not in report.write_report(run)['badges']
+    assert not [badge for badge in report.write_report(run)['badges'] if 'GPT-2' in badge]
     assert 'not to be compared' in run.path('report.md').read_text()
