@@ -8,13 +8,13 @@ __all__ = ['exercises', 'SENTENCE', 'locate', 'library', 'tensor_difference', 'd
            'Verdict', 'short', 'show_call', 'explained_by', 'diagnose', 'call_problem', 'examine', 'gradients',
            'examine_more', 'progress', 'remember', 'check', 'chosen', 'audit', 'catches', 'catch_chart', 'swap',
            'has_front_end', 'Twin', 'live_page', 'pages_html', 'printable', 'chip', 'chips', 'TokenStrip',
-           'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'train_little', 'Zoo', 'Picture',
-           'curve_picture', 'zoo_cell', 'Fuel', 'duration', 'fuel_gauge', 'machine', 'Band', 'expect', 'Story', 'story',
-           'lesson_text', 'solution', 'folded', 'stale_solutions', 'sync_solutions']
+           'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'random_pieces', 'train_little',
+           'Zoo', 'Picture', 'curve_picture', 'zoo_cell', 'Fuel', 'duration', 'fuel_gauge', 'machine', 'Band', 'expect',
+           'Story', 'story', 'lesson_text', 'solution', 'folded', 'stale_solutions', 'sync_solutions']
 
 # %% ../nbs/24_lesson.ipynb #09d99e83
 import copy, hashlib, html, importlib, inspect, json, math, os, platform, random, re, signal, sys, textwrap, threading, time, types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -565,7 +565,20 @@ def calibration():
     return figure
 
 # %% ../nbs/24_lesson.ipynb #8c4462c3
-def train_little(ids: list[int], # the text, in tokens
+def random_pieces(ids: list[int], # the text, in tokens
+    rows: int, # B
+    length: int, # T
+    seed: int,
+) -> Iterator: # of inputs and targets, both (B, T); without end
+    "Pieces of a text, each token to be guessed from those before it"
+    import torch
+    text, draw = torch.tensor(ids), torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(text) - length, (rows, 1), generator=draw)
+        batch = text[starts + torch.arange(length + 1)]
+        yield batch[:, :-1], batch[:, 1:]
+
+def train_little(ids: list[int], # the text, in tokens; or an iterator of batches, each with (B, T) inputs and targets first
     vocab_size: int,
     steps: int = 150,
     seed: int = 0, # of the first weights and of the pieces of text
@@ -583,11 +596,9 @@ def train_little(ids: list[int], # the text, in tokens
     model = GPT(GPTConfig(sequence_len=length, vocab_size=vocab_size, **sizes)).to(device)
     adamw = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
     move, losses = make_move(model) if make_move else lambda step: adamw.step(), []
-    text, draw = torch.tensor(ids), torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        starts = torch.randint(len(text) - length, (rows, 1), generator=draw)
-        batch = text[starts + torch.arange(length + 1)].to(device)
-        loss = model(batch[:, :-1], batch[:, 1:])   # each token is to be guessed from those before it
+    batches = ids if hasattr(ids, '__next__') else random_pieces(ids, rows, length, seed)
+    for step, (inputs, targets, *_) in zip(range(steps), batches):
+        loss = model(inputs.to(device), targets.to(device))
         loss.backward()
         move(step)
         model.zero_grad()
