@@ -222,15 +222,15 @@ def next_batch(self: DocumentLoader) -> Batch:
     mine, count = (self.rank if self.split == 'rows' else 0), self.batch_size*shared
     T = self.sequence_len
     if self.packing == 'best_fit':
-        rows = torch.from_numpy(np.stack([self.stream.next_row() for _ in range(count)]).astype(np.int64))
+        rows = torch.from_numpy(np.stack([self.stream.next_row() for _ in range(count)]).view(np.int32))
         inputs, targets = rows[:, :-1], rows[:, 1:]
     else:
         self.stream.fill(count*T + 1)
         ids = self.stream.peek(count*T + 1)
         self.stream.advance(count*T)
-        inputs, targets = cut_rows(torch.from_numpy(ids.astype(np.int64)), T)
+        inputs, targets = cut_rows(torch.from_numpy(ids.view(np.int32)), T)
     self.rows += count
-    return Batch(*(deal(part, mine, shared).clone() for part in (inputs, targets))).to(self.device)  # a clone: inputs and targets overlap
+    return Batch(*(deal(part, mine, shared).long() for part in (inputs, targets))).to(self.device)
 
 @patch(as_prop=True)
 def place(self: DocumentLoader) -> Place:
