@@ -289,7 +289,7 @@ def depth_chart(text: str):
     plt.close(figure)   # returned, and so displayed once
     return figure
 
-# %% ../nbs/38_lesson_tools.ipynb #380eca3b
+# %% ../nbs/38_lesson_tools.ipynb #eb51eef2
 class ToolTrace(Twin):
     "A reply, token by token: who wrote each, and what the engine does meanwhile"
     def __init__(self,
@@ -310,7 +310,7 @@ def moment(self: ToolTrace, step: int) -> dict: # writer, doing, expression, res
     expression = ''.join(seen[begun + 1:] if length is None else seen[begun + 1:begun + 1 + length])
     result = calculator(expression) if length is not None else None
     following = zip(self.reply[step + 1:], self.mask[step + 1:])
-    queue = [p for p, m in takewhile(lambda pair: not pair[1], following)] if forced or piece == '<|python_end|>' else []
+    queue = [p for p, m in takewhile(lambda pair: not pair[1], following)]
     if forced: doing = 'a tool is writing: its next token is taken from the queue, and the model only reads it'
     elif piece == '<|python_end|>': doing = 'the call has ended: the calculator reads it' + (' and its answer is put into the queue' if queue else ' and has no answer, so nothing is forced')
     elif piece == '<|python_start|>': doing = 'a call begins'
