@@ -227,6 +227,7 @@ def show_call(name: str, arguments: tuple) -> str:
     "A call as one would type it, such as merge([1, 2], (1, 2), 9), with long arguments shortened"
     return f"{name.split('.')[-1]}({', '.join(map(short, arguments))})"
 
+# %% ../nbs/24_lesson.ipynb #f973e547
 def trial(exercise: Exercise, function: Callable) -> Callable:
     "The function as the exercise tries it: inside of the library, if it has to meet itself there"
     if not exercise.within: return function
