@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORTH_REUSING', 'scatter_bits', 'sample_key', 'uniform', 'odds', 'walk', 'choose_tokens', 'penalise',
            'log_probabilities', 'Settings', 'Sample', 'Row', 'Engine', 'shared_length', 'Memory', 'Reading',
-           'TextStream', 'readable_text']
+           'last_call', 'TextStream', 'readable_text']
 
 # %% ../nbs/14_engine.ipynb #ac1ed74a
 import codecs, copy, math
@@ -490,6 +490,15 @@ def step(self: Engine) -> tuple[list[Row], list[int], list[int]]: # rows that to
     for i in np.flatnonzero(happened).tolist(): self._notice(i, rows[i], words[i], masks[i])
     return rows, words, masks
 
+# %% ../nbs/14_engine.ipynb #0ee71990
+def last_call(
+    ids: list[int], # a reply, whose last token ends a call
+    start: int, # token that begins one
+) -> list[int]: # the tokens between them; empty if no call was begun
+    "What stands in the call that has just ended"
+    begin = len(ids) - ids[::-1].index(start) if start in ids else len(ids)
+    return ids[begin:-1]
+
 # %% ../nbs/14_engine.ipynb #c9c8e5fb
 @patch
 def _notice(self: Engine, i: int, row: Row, token: int, mask: int) -> None:
@@ -497,9 +506,8 @@ def _notice(self: Engine, i: int, row: Row, token: int, mask: int) -> None:
     if token in self.stops:
         row.finished = True
         row.ended = [track.pop() for track in (row.ids, row.mask, row.logprobs, row.likeliest) if track]
-    elif token == self.call_end and mask and row.settings.tools and self.call in row.ids:
-        start = len(row.ids) - 1 - row.ids[::-1].index(self.call)
-        result = calculator(self.tokenizer.decode(row.ids[start + 1:-1]))
+    elif token == self.call_end and mask and row.settings.tools:
+        result = calculator(self.tokenizer.decode(last_call(row.ids, self.call)))
         if result is not None: row.forced.extend([self.output, *self.tokenizer.encode(result), self.output_end])
     if row.text and not row.finished:
         row.text.push(token)

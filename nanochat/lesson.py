@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exercises', 'SENTENCE', 'locate', 'library', 'tensor_difference', 'difference', 'Mutant', 'mutated', 'OutOfTime',
            'time_limit', 'Outcome', 'attempt', 'Habit', 'Exercise', 'exercise', 'find_exercise', 'CheckFailed', 'card',
-           'Verdict', 'short', 'show_call', 'explained_by', 'diagnose', 'call_problem', 'examine', 'gradients',
+           'Verdict', 'short', 'show_call', 'trial', 'explained_by', 'diagnose', 'call_problem', 'examine', 'gradients',
            'examine_more', 'progress', 'remember', 'check', 'chosen', 'audit', 'catches', 'catch_chart', 'swap',
            'has_front_end', 'Twin', 'live_page', 'pages_html', 'printable', 'chip', 'chips', 'TokenStrip',
            'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'random_pieces', 'train_little',
@@ -165,6 +165,7 @@ class Exercise:
     tolerance: float = 1e-5
     gradients: bool = False  # also compare gradients with respect to floating-point tensor arguments
     endless: str = 'does every path through your loop move it forward?'  # said when no answer comes
+    within: bool = False  # put the function into the library while it is tried: it meets itself there
 
 exercises = {}
 
@@ -226,14 +227,22 @@ def show_call(name: str, arguments: tuple) -> str:
     "A call as one would type it, such as merge([1, 2], (1, 2), 9), with long arguments shortened"
     return f"{name.split('.')[-1]}({', '.join(map(short, arguments))})"
 
+# %% ../nbs/24_lesson.ipynb #f973e547
+def trial(exercise: Exercise, function: Callable) -> Callable:
+    "The function as the exercise tries it: inside of the library, if it has to meet itself there"
+    if not exercise.within: return function
+    def inside(*arguments):
+        with swap(exercise.name, function): return function(*arguments)
+    return inside
+
 def explained_by(exercise: Exercise, mutant: Mutant, seen: list, # of (arguments, Outcome of the learner's function)
 ) -> bool:
     "Whether the mutant behaves like the learner's function on every case seen"
-    wrong = mutated(exercise.name, mutant)
+    wrong = trial(exercise, mutated(exercise.name, mutant))
     for arguments, got in seen:
         theirs = attempt(wrong, arguments, limit=.5)
         if theirs.kind != got.kind: return False
-        if got.kind == 'error' and type(theirs.value) is not type(got.value): return False
+        if got.kind == 'error' and not isinstance(theirs.value, type(got.value)): return False   # a learner may raise the more general one
         if got.kind == 'value' and difference(got.value, theirs.value, exercise.tolerance): return False
     return True
 
@@ -266,7 +275,7 @@ def examine(exercise: Exercise, mine: Callable, seed: int = 0) -> Verdict:
     if problem := call_problem(exercise, mine): return Verdict(name, 'error', problem, 'signature')
     seen, first = [], None
     for arguments in exercise.cases(random.Random(seed)):
-        got, want = attempt(mine, arguments), attempt(right, arguments)
+        got, want = attempt(trial(exercise, mine), arguments), attempt(right, arguments)
         if got.kind == 'stub': return Verdict(name, 'stub', str(got.value) or 'The stub still stands: replace its last line with your own code.')
         seen.append((arguments, got))
         if first is None and (got.kind != 'value' or difference(got.value, want.value, exercise.tolerance)): first = arguments, got, want.value
@@ -372,7 +381,7 @@ def catches(name: str, # an exercise
     def differs(function, arguments, want):
         got = attempt(function, arguments, .5)
         return got.kind != 'value' or difference(got.value, want, exercise.tolerance) is not None
-    return {m.name: [differs(mutated(name, m), arguments, want) for arguments, want in zip(cases, right)] for m in exercise.mutants}
+    return {m.name: [differs(trial(exercise, mutated(name, m)), arguments, want) for arguments, want in zip(cases, right)] for m in exercise.mutants}
 
 def catch_chart(name: str): # an exercise
     "Chart which inputs, from the smallest on, catch which mutants"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LARGEST_VALUE', 'ISOLATION', 'LARGEST_OUTPUT', 'LARGEST_FILE',
-           'MOST_PROCESSES', 'split_expression', 'show_number', 'calculator', 'Result', 'kernel', 'set_limits',
-           'enter_namespaces', 'drop_privileges', 'launch', 'run_sandboxed', 'isolation_level']
+           'MOST_PROCESSES', 'split_expression', 'Reader', 'show_number', 'calculator', 'Result', 'kernel',
+           'set_limits', 'enter_namespaces', 'drop_privileges', 'launch', 'run_sandboxed', 'isolation_level']
 
 # %% ../nbs/13_tools.ipynb #f101012c
 import inspect, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
@@ -52,7 +52,7 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 # %% ../nbs/13_tools.ipynb #12d4cbb7
-class _Reader:
+class Reader:
     "Reads pieces from left to right; one method for each level of binding"
     def __init__(self, pieces): self.pieces, self.depth = pieces + [("end", "")], 0
 
@@ -77,7 +77,6 @@ class _Reader:
         value = self.factor()
         while sign := self.take("operator", "*/"):
             other = self.factor()
-            if sign == "/" and other == 0: raise _Refused("division by zero")
             value = _bounded(value * other if sign == "*" else value / other)
         return value
     def factor(self):
@@ -99,7 +98,8 @@ def show_number(
     "A whole number as an integer, any other as a short decimal with up to ten significant digits"
     if value.denominator == 1: return str(value.numerator)
     places = max(0, 9 - math.floor(math.log10(abs(value))))
-    text = f"{float(round(value, places)):.{min(places, 24)}f}".rstrip("0").rstrip(".")
+    text = f"{float(round(value, places)):.{min(places, 24)}f}"
+    if "." in text: text = text.rstrip("0").rstrip(".") # only there do zeros say nothing
     return "0" if text == "-0" else text # nearer to zero than 24 decimals can show
 
 def calculator(
@@ -108,11 +108,11 @@ def calculator(
     "Compute an expression by reading it, never by running it"
     if len(expression) > LONGEST_EXPRESSION: return None
     try:
-        reader = _Reader(split_expression(expression))
+        reader = Reader(split_expression(expression))
         value = reader.total()
         reader.need("end")
         return show_number(value)
-    except (ValueError, OverflowError): return None
+    except (ValueError, ArithmeticError): return None # refused, or divided by zero
 
 # %% ../nbs/13_tools.ipynb #c10fa985
 ISOLATION = { # strongest first
