@@ -14,7 +14,7 @@ from .dataloader import ConversationLoader
 from .muon import lr_multiplier, make_optimizers
 from .pretrain import validation_bits_per_byte
 from .tasks import MIDTRAINING, midtraining_mixture
-from .train import Trainer, accumulation_steps
+from .train import Trainer, share_batch
 
 # %% ../nbs/16_midtrain.ipynb #a306585d
 @stage("mid", after=("base",))
@@ -40,14 +40,14 @@ def main(run: Run, compute: Compute, *,
     "Midtrain the base model on conversations, quizzes and sums"
     model, tokenizer, _ = load_model(run, "base", compute.device)
     model.compute_dtype, T = compute.dtype, model.config.sequence_len
-    batch_size = max(1, min(batch_size, total_batch_size // (T * compute.world_size)))  # more processes: fewer rows each
+    batch_size, micro_batches = share_batch(total_batch_size, batch_size, T, compute.world_size)
     conversations = midtraining_mixture(run.data_root, mixture, seed, quiz)
     loader = ConversationLoader(conversations, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="flat", mask=False,
                                 epochs=None if steps else 1, seed=seed, device=compute.device)
     print0(f"mid: {conversations}")
     def evaluate(step): return dict(val_bpb=validation_bits_per_byte(model, run, tokenizer, compute, batch_size, T, eval_tokens))
     trainer = Trainer(model, make_optimizers(model, matrix_lr * lr_scale, embedding_lr * lr_scale, unembedding_lr * lr_scale), loader, run, compute, "mid",
-                      tokenizer, steps or None, 0.0, accumulation_steps(total_batch_size, batch_size, T, compute.world_size),
+                      tokenizer, steps or None, 0.0, micro_batches,
                       partial(lr_multiplier, warmdown=warmdown), evaluate, eval_every, save_every, compile=compile)
     return trainer.fit() | dict(conversations=conversations.counts, epochs=round(loader.epoch + loader.progress, 3) if steps else 1)
 

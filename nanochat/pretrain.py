@@ -20,7 +20,7 @@ from .dataset import corpus_sources
 from .gpt import GPT, GPTConfig
 from .muon import Schedule, make_optimizers, optimizer_recipe
 from .tokenizer import Tokenizer
-from .train import Trainer, accumulation_steps, horizon
+from .train import Trainer, horizon, share_batch
 
 # %% ../nbs/11_pretrain.ipynb #2c3d99d3
 def validation_bits_per_byte(
@@ -134,13 +134,13 @@ def new_trainer(
         rules = recipe_from_depth(o.depth, o.data_ratio, tokenizer.vocab_size, rates.get("weight_decay", 0.0), o.n_embd)
         total, rates = rules["total_batch_size"], rates | {name: rules[name] for name in ("lr_scale", "weight_decay")}
         if not (steps or minutes or flops): steps = rules["steps"]
-    rows, T = max(1, min(o.batch_size, total // (o.sequence_len * compute.world_size))), o.sequence_len  # more processes: fewer rows each
+    T, (rows, micro_batches) = o.sequence_len, share_batch(total, o.batch_size, o.sequence_len, compute.world_size)
     model = new_model(tokenizer, compute, o.depth, o.n_embd, o.n_head, T, **shape)
     loader = DocumentLoader(corpus_sources(run), tokenizer, rows, T, compute.rank, compute.world_size, o.packing, o.split, device=compute.device)
     def evaluate(step): return dict(val_bpb=validation_bits_per_byte(model, run, tokenizer, compute, rows, T, o.eval_tokens))
     num_steps = plan_steps(model, compute, total, steps, minutes, flops, o.tokens_per_param)
     trainer = Trainer(model, make_optimizers(model, **rates), loader, run, compute, "base", tokenizer, num_steps, minutes,
-                      accumulation_steps(total, rows, T, compute.world_size), schedule, evaluate, o.eval_every, o.save_every, compile=o.compile)
+                      micro_batches, schedule, evaluate, o.eval_every, o.save_every, compile=o.compile)
     trainer.tokens_per_step = total
     return trainer
 

@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_tokens, lesson_tools, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -312,6 +312,7 @@ TWINS = {   # every widget, with something small in it
     lesson_tools.ToolTrace: lambda: lesson_tools.ToolTrace(['<b>', '<|python_start|>', '1/0', '<|python_end|>', '&'], [1, 1, 1, 1]),
     lesson_tour.AskBox: lambda: lesson_tour.AskBox(lambda question, temperature, top_k: ['yes'], ['Is it?']),
     lesson_data.PackingExplorer: lambda: lesson_data.PackingExplorer([['<b>', 'a', '&']] * 9, lengths=(2, 4), rows=2),
+    lesson_speedrun.BudgetDial: lesson_speedrun.BudgetDial,
     lesson_tour.TimeLapse: lambda: lesson_tour.TimeLapse('Mia', [lesson_tour.Snapshot('step 0', 'x', [('a', 1.0)])]),
 }
 
