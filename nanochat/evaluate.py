@@ -176,10 +176,10 @@ def pass_at_k(
     "The chance that at least one of k tries is right, without bias (Chen et al., arXiv 2107.03374, equation 1)."
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
-# %% ../nbs/15_evaluate.ipynb #f42af548
+# %% ../nbs/15_evaluate.ipynb #107be996
 def word_runs(
     text: str,        # a question, or a document
-    size: int = 13,   # words in a run
+    size: int,        # words in a run
 ) -> set[tuple]:      # of `size` words each; of a shorter text, none
     "All runs of neighbouring words in a text, in one case and without punctuation."
     words = words_of(text)
