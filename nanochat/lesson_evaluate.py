@@ -88,7 +88,7 @@ exercise('evaluate.likeliest', likeliest_cases,
         Mutant('the other way round', 'len(each) if mean else 1', '1 if mean else len(each)', 'Sum and mean are exchanged: where `mean` is True, divide by the number of tokens.'),
         Mutant('last of equals', 'costs.index(min(costs))', 'len(costs) - 1 - costs[::-1].index(min(costs))', 'Of two replies with the same loss the first is to be taken.')))
 
-# %% ../nbs/35_lesson_evaluate.ipynb #7de59da3
+# %% ../nbs/35_lesson_evaluate.ipynb #f0d8ccab
 def centered_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for centered: accuracy as a fraction, baseline in percent"
     yield from [(1.0, 0.0), (0.25, 25.0), (1.0, 25.0), (0.0, 25.0), (0.5, 25.0), (0.5, 50.0), (0.4, 62.0)]
@@ -103,6 +103,7 @@ exercise('core.centered', centered_cases,
         Mutant('never negative', _centred, 'max(0.0, (accuracy - 0.01*baseline)/(1 - 0.01*baseline))', 'You cut off at 0. A score below guessing stays negative: over many tasks it has to cancel the lucky ones.'),
         Mutant('turned around', _centred, '(0.01*baseline - accuracy)/(1 - 0.01*baseline)', 'The sign is the wrong way round: better than guessing is positive.')))
 
+# %% ../nbs/35_lesson_evaluate.ipynb #6cb1654d
 def standard_error_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for standard_error: accuracy, number of questions"
     yield from [(0.5, 1), (0.5, 100), (0.8, 100), (0.2, 100), (1.0, 10), (0.0, 10), (0.9, 25)]
@@ -118,7 +119,7 @@ exercise('evaluate.standard_error', standard_error_cases,
         Mutant('always a half', _root, 'math.sqrt(0.25 / n)', 'You take the largest error there is, that of an accuracy of a half. Use accuracy * (1 - accuracy).'),
         Mutant('two errors', _root, '1.96 * math.sqrt(accuracy * (1 - accuracy) / n)', 'That is half the width of the interval. The standard error itself comes without the factor 1.96.')))
 
-# %% ../nbs/35_lesson_evaluate.ipynb #681c1b7f
+# %% ../nbs/35_lesson_evaluate.ipynb #94fadb98
 def pass_at_k_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for pass_at_k: tries, right ones among them, tries that count"
     yield from [(1, 1, 1), (2, 1, 1), (4, 1, 2), (4, 2, 2), (4, 0, 2), (4, 4, 2), (4, 1, 4), (10, 3, 1), (16, 2, 8)]
@@ -136,6 +137,7 @@ exercise('evaluate.pass_at_k', pass_at_k_cases,
         Mutant('any of all', _pass, 'float(right > 0)', 'You ask whether any of all n tries is right. That is pass@n: only k of them count.'),
         Mutant('right instead of wrong', 'n - right', 'right', 'You count the draws of k RIGHT tries. There are n - right wrong ones, from which all k must come to fail.')))
 
+# %% ../nbs/35_lesson_evaluate.ipynb #c1eceae7
 def word_runs_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for word_runs: a text, words in a run"
     yield from [('a b', 2), ('a b c', 2), ('a', 1), ('a b', 3), ('to be or not to be', 2), ('A cat, a CAT!', 2), ('New York. New', 1), ('', 2)]
