@@ -6,14 +6,15 @@
 __all__ = ['EATERS', 'COLOURS', 'ADJECTIVES', 'TOYS', 'PLACES', 'BASELINES', 'SENTENCE_ITEM', 'bits_of_text',
            'bits_of_text_cases', 'reply_row_cases', 'likeliest_cases', 'centered_cases', 'standard_error_cases',
            'pass_at_k_cases', 'word_runs_cases', 'apple_problem', 'describe', 'item', 'apple_item', 'World',
-           'little_world', 'teach', 'losses_at', 'verdicts_at', 'write', 'interval', 'TaskBars', 'ChoiceInspector',
-           'surprise_chip']
+           'little_world', 'teach_until', 'teach', 'losses_at', 'verdicts_at', 'write', 'interval', 'TaskBars',
+           'ChoiceInspector', 'surprise_chip']
 
-# %% ../nbs/35_lesson_evaluate.ipynb #b3efad58
-import html, math, random
+# %% ../nbs/35_lesson_evaluate.ipynb #26e8e485
+import copy, html, math, random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from fastcore.basics import patch
 
 from . import evaluate
@@ -218,16 +219,29 @@ def little_world(seed: int = 0, people: int = 40, repeats: int = 8) -> World:
     rng.shuffle(documents)
     return World(documents, exams, unseen, rng)
 
-# %% ../nbs/35_lesson_evaluate.ipynb #9074cf39
-def teach(world: World, tokenizer: Tokenizer, steps: int,
+# %% ../nbs/35_lesson_evaluate.ipynb #977245d4
+def teach_until(world: World, tokenizer: Tokenizer,
+    moments: tuple[int, ...], # steps, growing
     extra: tuple = (), # more documents, spread among the others
-    seed: int = 0):
+    seed: int = 0) -> list: # the model at each moment of one training
     "The lessons' little model, trained on the world's texts"
-    documents = [*world.documents, *extra]
+    documents, kept = [*world.documents, *extra], []
     random.Random(1).shuffle(documents)
     ids = [i for document in documents for i in [tokenizer.bos, *tokenizer.encode(document)]]
-    return train_little(ids, tokenizer.vocab_size, steps=steps, seed=seed, length=40)[0].eval()
+    def make_move(model):
+        adamw = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)   # as `train_little` has it
+        def move(step):
+            if step in moments: kept.append(copy.deepcopy(model).eval())
+            adamw.step()
+        return move
+    last, _ = train_little(ids, tokenizer.vocab_size, steps=moments[-1], seed=seed, length=40, make_move=make_move)
+    return [*kept, last.eval()]
 
+def teach(world: World, tokenizer: Tokenizer, steps: int, extra: tuple = (), seed: int = 0):
+    "The same at the end only"
+    return teach_until(world, tokenizer, (steps,), extra, seed)[0]
+
+# %% ../nbs/35_lesson_evaluate.ipynb #83d1c00e
 def losses_at(model, tokenizer: Tokenizer, items: list[dict], rows: int = 256) -> list[list[list[float]]]: # of each item, choice and token, nats
     "How much each token of each choice surprises the model"
     pairs = [([tokenizer.bos, *tokenizer.encode(one['query'])], tokenizer.encode(' ' + choice)) for one in items for choice in one['choices']]

@@ -179,6 +179,12 @@ def test_batches_change_no_loss_and_training_moves_the_model(world, tok, model):
     assert sum(each[item['gold']][-1] for each, item in zip(many, items)) < sum(each[item['gold']][-1] for each, item in zip(untrained, items))
 
 
+def test_moments_of_one_training_are_those_of_shorter_trainings(world, tok):
+    items = world.exams['coins'][:3]
+    first, second = lesson_evaluate.teach_until(world, tok, (4, 6))
+    assert losses_at(first, tok, items) == losses_at(teach(world, tok, 4), tok, items) != losses_at(second, tok, items) == losses_at(teach(world, tok, 6), tok, items)
+
+
 def test_written_answers_end_where_the_document_ends(tok, model):
     [[text]] = write(model, tok, [lesson.SENTENCE])
     assert '<|bos|>' not in text and len(write(model, tok, ['Mia has'], 3, temperature=1.0)[0]) == 3
