@@ -179,6 +179,13 @@ def test_batches_change_no_loss_and_training_moves_the_model(world, tok, model):
     assert sum(each[item['gold']][-1] for each, item in zip(many, items)) < sum(each[item['gold']][-1] for each, item in zip(untrained, items))
 
 
+def test_verdicts_follow_the_sum_or_the_mean_as_asked(world, tok, model):
+    items = world.exams['wishes']
+    costs = [[(sum(each), sum(each) / len(each)) for each in losses] for losses in losses_at(model, tok, items)]
+    by_sum, by_mean = ([min(range(4), key=lambda i: each[i][k]) == one['gold'] for each, one in zip(costs, items)] for k in (0, 1))
+    assert verdicts_at(model, tok, items, False) == by_sum != by_mean == verdicts_at(model, tok, items)
+
+
 def test_moments_of_one_training_are_those_of_shorter_trainings(world, tok):
     items = world.exams['coins'][:3]
     first, second = lesson_evaluate.teach_until(world, tok, (4, 6))
