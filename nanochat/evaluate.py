@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHATCORE_TASKS', 'BASE_PROMPTS', 'CHAT_PROMPTS', 'letter_ids', 'prompt_ids', 'last_logits', 'choose_letters',
-           'choose_replies', 'write_replies', 'summarize', 'gather_lists', 'grade', 'chatcore', 'reuse_or',
+           'reply_row', 'reply_losses', 'likeliest', 'choose_replies', 'write_replies', 'standard_error', 'summarize',
+           'paired_difference', 'pass_at_k', 'word_runs', 'leaked', 'gather_lists', 'grade', 'chatcore', 'reuse_or',
            'evaluate_bits', 'evaluate_core', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
 
-# %% ../nbs/15_evaluate.ipynb #8a19b496
+# %% ../nbs/15_evaluate.ipynb #7684cf52
 import json, math, time
 
 import torch
@@ -19,7 +20,7 @@ from .core import evaluate_task as evaluate_core_task
 from .dataloader import DocumentLoader
 from .dataset import corpus_documents, corpus_sources, find_bundle
 from .engine import Engine, readable_text
-from .tasks import Task, graded_tasks, load_task, message_text
+from .tasks import Task, graded_tasks, load_task, message_text, words_of
 
 # %% ../nbs/15_evaluate.ipynb #92556a39
 def letter_ids(
@@ -73,27 +74,53 @@ def choose_letters(
             chosen[i] = letters[int(row[letter_ids(tokenizer, letters)].argmax())]
     return chosen
 
-# %% ../nbs/15_evaluate.ipynb #da9b8311
+# %% ../nbs/15_evaluate.ipynb #31e43539
+def reply_row(
+    prompt: list[int],  # token ids of a question
+    reply: list[int],   # token ids of a possible reply
+    width: int,         # T, tokens in a row
+    pad: int,           # token id that fills the row
+) -> tuple[list[int], list[int]]:  # T token ids, and T targets
+    "A question and a reply as a row. Where the next token belongs to the reply it is the target; elsewhere the target is −1."
+    fill = width - len(prompt) - len(reply)
+    return prompt + reply + [pad] * fill, [-1] * (len(prompt) - 1) + reply + [-1] * (fill + 1)
+
 @torch.no_grad()
+def reply_losses(
+    model,                                    # a GPT
+    rows: list[tuple[list[int], list[int]]],  # a question and a reply each, as token ids
+    pad: int,                                 # any token: nothing looks at it
+) -> list[list[float]]:                       # nats of each token of each reply
+    "How much every token of each reply surprises the model."
+    width = max(len(prompt) + len(reply) for prompt, reply in rows)
+    ids, targets = (torch.tensor(part, device=model.device) for part in zip(*(reply_row(*row, width, pad) for row in rows)))  # (rows, T)
+    nats = model(ids, targets, reduction='none').view_as(ids)
+    return [row[wanted >= 0].tolist() for row, wanted in zip(nats, targets)]
+
+# %% ../nbs/15_evaluate.ipynb #b78eb489
+def likeliest(
+    losses: list[list[float]],  # nats of each token of each reply
+    mean: bool,                 # compare means of the tokens, or sums
+) -> int:                       # index of the reply; of equal ones the first
+    "Which reply surprises the model least."
+    costs = [sum(each) / (len(each) if mean else 1) for each in losses]
+    return costs.index(min(costs))
+
+# %% ../nbs/15_evaluate.ipynb #b71fa72e
 def choose_replies(
     model,                      # a GPT
     tokenizer,                  # its Tokenizer
     conversations: list[dict],  # with 'letters', the replies to choose among
     batch_size: int = 8,        # questions in one forward pass
+    mean: bool = False,         # compare means of the tokens, as CORE does, or sums
 ) -> list[str]:                 # one of its replies for each
-    "The reply that the model finds most likely after each question: the highest sum of log-probabilities, its end included."
+    "The reply that the model finds most likely after each question, its end included."
     end, chosen = tokenizer.special['<|assistant_end|>'], []
     for first in range(0, len(conversations), batch_size):
         batch = conversations[first:first + batch_size]
         rows = [(prompt_ids(tokenizer, each, model.config.sequence_len), tokenizer.encode(reply) + [end]) for each in batch for reply in each['letters']]
-        width = max(len(prompt) + len(reply) for prompt, reply in rows)
-        ids = torch.tensor([prompt + reply + [tokenizer.bos] * (width - len(prompt) - len(reply)) for prompt, reply in rows], device=model.device)  # (rows, T)
-        targets = torch.full_like(ids, -1)
-        for row, (prompt, reply) in zip(targets, rows): row[len(prompt) - 1:len(prompt) + len(reply) - 1] = torch.tensor(reply, device=model.device)
-        nats = model(ids, targets, reduction='none').view_as(ids).sum(1).tolist()
-        for each in batch:
-            costs, nats = nats[:len(each['letters'])], nats[len(each['letters']):]
-            chosen.append(each['letters'][costs.index(min(costs))])
+        losses = iter(reply_losses(model, rows, tokenizer.bos))
+        chosen += [each['letters'][likeliest([next(losses) for _ in each['letters']], mean)] for each in batch]
     return chosen
 
 # %% ../nbs/15_evaluate.ipynb #5dd80143
@@ -111,7 +138,14 @@ def write_replies(
     engine = Engine(model, tokenizer, max_batch=max_batch, max_len=max(map(len, prompts)) + max_tokens)
     return [readable_text(tokenizer, samples[0].ids) for samples in engine.generate(prompts, num_samples=1, max_tokens=max_tokens, temperature=0.0)]
 
-# %% ../nbs/15_evaluate.ipynb #2b96b3ea
+# %% ../nbs/15_evaluate.ipynb #f54fda9a
+def standard_error(
+    accuracy: float,  # 0 … 1
+    n: int,           # questions
+) -> float:           # 0 … 0.5
+    "How far an accuracy strays from exam to exam: the standard deviation of the mean of `n` verdicts."
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
 def summarize(
     verdicts: list[bool],   # one a problem
     baseline: float = 0.0,  # accuracy of guessing, 0 … 1
@@ -120,7 +154,47 @@ def summarize(
     n = len(verdicts)
     if not n: raise NanochatError('no problem to grade: raise max_problems')
     accuracy = sum(verdicts) / n
-    return dict(accuracy=accuracy, stderr=math.sqrt(accuracy * (1 - accuracy) / n), n=n, baseline=baseline, centered=(accuracy - baseline) / (1 - baseline))
+    return dict(accuracy=accuracy, stderr=standard_error(accuracy, n), n=n, baseline=baseline, centered=(accuracy - baseline) / (1 - baseline))
+
+# %% ../nbs/15_evaluate.ipynb #8db864d5
+def paired_difference(
+    ours: list[bool],    # verdicts of one model
+    theirs: list[bool],  # verdicts of another on the same questions
+) -> tuple[float, float]:  # ours minus theirs, and its standard error
+    "How much better one model did than another on the same questions."
+    if len(ours) != len(theirs) or not ours: raise NanochatError(f'{len(ours)} and {len(theirs)} verdicts cannot be paired; grade both models on the same questions')
+    gaps = [int(a) - int(b) for a, b in zip(ours, theirs)]
+    gap = sum(gaps) / len(gaps)
+    return gap, math.sqrt((sum(each * each for each in gaps) / len(gaps) - gap**2) / len(gaps))
+
+# %% ../nbs/15_evaluate.ipynb #b0b90a77
+def pass_at_k(
+    n: int,      # tries at a problem
+    right: int,  # right ones among them
+    k: int,      # tries that count, at most n
+) -> float:      # 0 … 1
+    "The chance that at least one of k tries is right, without bias (Chen et al., arXiv 2107.03374, equation 1)."
+    return 1 - math.comb(n - right, k) / math.comb(n, k)
+
+# %% ../nbs/15_evaluate.ipynb #107be996
+def word_runs(
+    text: str,        # a question, or a document
+    size: int,        # words in a run
+) -> set[tuple]:      # of `size` words each; of a shorter text, none
+    "All runs of neighbouring words in a text, in one case and without punctuation."
+    words = words_of(text)
+    return {tuple(words[i:i + size]) for i in range(len(words) - size + 1)}
+
+def leaked(
+    questions: list[str],   # what is asked, the answers included
+    documents,              # texts that a model was trained on
+    size: int = 13,         # words in a run
+) -> list[bool]:            # for each question
+    "Which questions share a run of words with the training text."
+    runs = [word_runs(question, size) for question in questions]
+    wanted = set().union(*runs)
+    found = {run for document in documents for run in word_runs(document, size) & wanted}  # only what is asked for is kept
+    return [bool(run & found) for run in runs]
 
 # %% ../nbs/15_evaluate.ipynb #5237367b
 def gather_lists(

@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_evaluate, lesson_gpt, lesson_grpo, lesson_muon, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -310,6 +310,8 @@ TWINS = {   # every widget, with something small in it
     lesson_engine.CacheFill: lambda: lesson_engine.CacheFill(['a', '<b>', '&'], 1, [2., 3.], [2., 1.]),
     lesson_engine.SamplingDials: lambda: lesson_engine.SamplingDials(torch.randn(4), lambda i: b'<a&b'[i:i + 1], lambda *setting: ['<i>'], ((1.0, 0, 1.0, 0.0),)),
     lesson_tools.ToolTrace: lambda: lesson_tools.ToolTrace(['<b>', '<|python_start|>', '1/0', '<|python_end|>', '&'], [1, 1, 1, 1]),
+    lesson_evaluate.TaskBars: lambda: lesson_evaluate.TaskBars({'<a>': [True, False]}, {'<a>': 25.0}, (1, 2)),
+    lesson_evaluate.ChoiceInspector: lambda: lesson_evaluate.ChoiceInspector([dict(query='<b>', choices=['a', 'b c'], gold=0)], [[[b'a'], [b'b', b'<c']]], [[[1.0], [2.0, 0.5]]]),
     lesson_tour.AskBox: lambda: lesson_tour.AskBox(lambda question, temperature, top_k: ['yes'], ['Is it?']),
     lesson_data.PackingExplorer: lambda: lesson_data.PackingExplorer([['<b>', 'a', '&']] * 9, lengths=(2, 4), rows=2),
     lesson_speedrun.BudgetDial: lesson_speedrun.BudgetDial,
