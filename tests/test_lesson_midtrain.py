@@ -47,7 +47,6 @@ def glued(tokenizer, messages):
 
 def forgets_text(solution): return [p for p in tasks.tool_parts(solution) if p['type'] != 'text']
 def pairs(rows, times, seed): return [pair for pair in zip(*map(list, mixed_order(rows, times, seed)))]
-def lettered(question, choices): return tasks.render_multiple_choice(question, choices).replace('=', ' = ')
 
 
 WRONG = {  # a learner's mistake, in a way that is no change of the library's own source -> exercise, the mistake's name, the function
