@@ -154,7 +154,7 @@ def test_world_keeps_questions_back_and_never_tells_the_courses_sentence(world):
         questions = {c['messages'][0]['content'] for c in told}
         assert not questions & {c['messages'][0]['content'] for c in kept} and lesson.SENTENCE not in questions
     assert isinstance(world.tasks[2], GSM8K) and world.tasks[2][0]['messages'][1]['content'][1]['type'] == 'python_output'
-    assert not set(world.unread) & set(world.stories[:200]) or len(set(world.unread) - set(world.stories)) > 40
+    assert len(set(world.unread) - set(world.stories)) > len(world.unread) / 2   # short ones may come twice
 
 
 def test_rows_of_a_stream_follow_each_other_and_its_end_is_its_beginning():
@@ -172,13 +172,13 @@ def test_midtraining_teaches_to_stop_and_leaves_the_base_model_alone(world, tok)
     mid, after = read_on(base, Stream(ids))
     assert ends(base, tok, prompts) == 0 and ends(mid, tok, prompts) > 0.5
     assert not any(forms(base, tok, world.held_out, 4).values()) and sum(forms(mid, tok, world.held_out, 4).values()) > 1
-    assert losses[-1] < after[-1] * 9 and after[-1] < after[0] / 3
+    assert after[0] > 3 * losses[-1] and after[-1] < after[0] / 3   # the jump at the switch, and after it
     assert all(torch.equal(a, b) for a, b in zip(weights, base.parameters()))
     assert read_on(base, Stream(ids), 2)[1] == after[:2]   # the same seedless run again
 
 
 @pytest.mark.parametrize('kind,text,finished,good', [
-    (0, 'Mia has a cat.', True, True), (0, 'Mia has a cat.', False, False), (0, '<|python_start|>1<|python_end|>.', True, False), (1, 'B', True, True), (1, 'E', True, False), (1, 'B.', True, False),
+    (0, 'Mia has a cat.', True, True), (0, 'Mia has a cat.', False, False), (0, '<|python_start|>1<|python_end|>.', True, False), (1, 'B', True, True), (1, 'B', False, False), (2, '<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2', False, False), (1, 'E', True, False), (1, 'B.', True, False),
     (1, '', True, False), (2, '<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>2', True, True), (2, '2 are left.', True, False)])
 def test_form_is_judged_and_not_the_answer(world, kind, text, finished, good):
     assert in_form(world.tasks[kind], text, finished) == good
@@ -191,6 +191,8 @@ def test_voices_follow_the_marks_and_not_the_text():
     conversation = talk('<|assistant_start|>', parts(text='a', python='1', python_output='2'))
     said = voices(tok, tok.render_conversation(conversation)[0])
     assert said == ['mark'] * 2 + ['user'] * len(tok.encode('<|assistant_start|>')) + ['mark'] * 2 + ['assistant', 'mark', 'call', 'mark', 'mark', 'result', 'mark', 'mark']
+    unanswered = talk('1', [dict(type='python', text='2'), dict(type='text', text='3')])   # the calculator had nothing to say
+    assert voices(tok, tok.render_conversation(unanswered)[0])[5:] == ['mark', 'call', 'mark', 'assistant', 'mark']
     assert voices(tok, [tok.bos, 65]) == ['mark', 'text'] and '<b>' not in voices_html(tok, tok.encode('<b>'))
 
 
