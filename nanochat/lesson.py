@@ -68,6 +68,8 @@ def difference(got, # what came back
     "How `got` differs from `want`, in words; None if it does not"
     if got is None and want is not None: return 'nothing came back (None): is a `return` missing?'
     if hasattr(want, 'detach'): return tensor_difference(got, want, tolerance)
+    if hasattr(want, 'tolist') and isinstance(got, (list, tuple)): got = [item.item() if hasattr(item, 'item') else item for item in got]
+    if hasattr(want, 'tolist'): return difference(got.tolist() if hasattr(got, 'tolist') else got, want.tolist(), tolerance)   # numpy: a list of the same numbers will do
     if isinstance(want, float) and isinstance(got, (int, float)):
         return None if abs(got - want) <= tolerance else f'{got:.6g} came back, {want:.6g} was expected'
     if isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)):

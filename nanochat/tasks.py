@@ -8,8 +8,8 @@ __all__ = ['PART_TYPES', 'LETTERS', 'QUIZ_STYLES', 'FINAL_ANSWER', 'BUILTIN_WORD
            'render_multiple_choice', 'multiple_choice', 'ParquetRows', 'permutation', 'Task', 'ARC', 'MMLU',
            'tool_parts', 'final_answer', 'GSM8K', 'extract_code', 'prompt_imports', 'HumanEval', 'SmolTalk',
            'read_conversations', 'CustomJSON', 'words_of', 'contains_words', 'Facts', 'is_test_word', 'spelling_words',
-           'SimpleSpelling', 'SpellingBee', 'task_files', 'load_task', 'graded_tasks', 'Mixture', 'load_mixture',
-           'midtraining_mixture', 'sft_mixture']
+           'SimpleSpelling', 'SpellingBee', 'task_files', 'load_task', 'graded_tasks', 'mixed_order', 'Mixture',
+           'load_mixture', 'midtraining_mixture', 'sft_mixture']
 
 # %% ../nbs/12_tasks.ipynb #e5cf535c
 import hashlib, json, random, re, secrets, unicodedata
@@ -415,6 +415,18 @@ def graded_tasks(
     names = [n for n in ('ARC-Easy', 'ARC-Challenge', 'MMLU', 'GSM8K', 'HumanEval', 'Facts') if task_files(n, 'test', root)]
     return names + ['SpellingBee'] * (Path(root)/'words.txt').exists()
 
+# %% ../nbs/12_tasks.ipynb #be5fafa5
+def mixed_order(
+    rows: list[int],   # conversations of each task
+    times: list[int],  # how often each task is read
+    seed: int,         # of the order
+) -> tuple[np.ndarray, np.ndarray]:  # (N,) which task, (N,) which of its conversations
+    "Each conversation of each task, as often as it is to be read, in one shuffled order."
+    sizes = [n * t for n, t in zip(rows, times)]
+    order = permutation(sum(sizes), seed)
+    which = np.repeat(np.arange(len(rows), dtype=np.int32), sizes)[order]
+    return which, np.concatenate([np.arange(size) % n for n, size in zip(rows, sizes)])[order]
+
 # %% ../nbs/12_tasks.ipynb #9a36f424
 class Mixture:
     "Several tasks as one shuffled list of conversations."
@@ -425,10 +437,7 @@ class Mixture:
         parts = [(task, times) for task, times in parts if len(task) * times > 0]
         if not parts: raise NanochatError('empty mixture: no task has a conversation; raise the row counts or add a task')
         self.tasks = [task for task, _ in parts]
-        sizes = [len(task) * times for task, times in parts]
-        order = permutation(sum(sizes), seed)
-        self.which = np.repeat(np.arange(len(parts), dtype=np.int32), sizes)[order]                      # (N,) which task
-        self.row = np.concatenate([np.arange(n) % len(task) for task, n in zip(self.tasks, sizes)])[order]  # (N,) which of its conversations
+        self.which, self.row = mixed_order([len(task) for task in self.tasks], [times for _, times in parts], seed)
     def __len__(self): return len(self.which)
     def __getitem__(self, i):
         if not isinstance(i, slice): return self.tasks[self.which[i]][int(self.row[i])]
