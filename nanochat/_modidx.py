@@ -1385,4 +1385,5 @@ d = { 'settings': { 'branch': 'main',
                                 'nanochat.train.cut_batch': ('nbs/train.html#cut_batch', 'nanochat/train.py'),
                                 'nanochat.train.horizon': ('nbs/train.html#horizon', 'nanochat/train.py'),
                                 'nanochat.train.memory_gb': ('nbs/train.html#memory_gb', 'nanochat/train.py'),
-                                'nanochat.train.peak_flops': ('nbs/train.html#peak_flops', 'nanochat/train.py')}}}
+                                'nanochat.train.peak_flops': ('nbs/train.html#peak_flops', 'nanochat/train.py'),
+                                'nanochat.train.smoothed': ('nbs/train.html#smoothed', 'nanochat/train.py')}}}
