@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_tokens, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_pretrain, lesson_tokens, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -309,6 +309,7 @@ TWINS = {   # every widget, with something small in it
     lesson_grpo.AdvantageSandbox: lesson_grpo.AdvantageSandbox,
     lesson_engine.CacheFill: lambda: lesson_engine.CacheFill(['a', '<b>', '&'], 1, [2., 3.], [2., 1.]),
     lesson_engine.SamplingDials: lambda: lesson_engine.SamplingDials(torch.randn(4), lambda i: b'<a&b'[i:i + 1], lambda *setting: ['<i>'], ((1.0, 0, 1.0, 0.0),)),
+    lesson_pretrain.LossBoard: lambda: lesson_pretrain.LossBoard(lambda: [dict(step=step, loss=3. - step, lr=1.) for step in range(3)], '<a run>'),
     lesson_tour.AskBox: lambda: lesson_tour.AskBox(lambda question, temperature, top_k: ['yes'], ['Is it?']),
     lesson_tour.TimeLapse: lambda: lesson_tour.TimeLapse('Mia', [lesson_tour.Snapshot('step 0', 'x', [('a', 1.0)])]),
 }
