@@ -96,7 +96,7 @@ def clears_first(model, optimizer, steps):
         loss = sum(model(r[:, :-1], r[:, 1:], reduction='sum') for r in pieces) / sum(r[:, 1:].numel() for r in pieces)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
