@@ -348,9 +348,9 @@ def recorded(name: str, # of a file in runs_recorded/, without .json
     if not path.is_file(): raise NanochatError(f'runs_recorded/{name}.json is not here: it comes with a clone of the course, not with an installed package')
     return json.loads(path.read_text())
 
-# %% ../nbs/34_lesson_pretrain.ipynb #7da7c1a8
-LANES = dict(loss=('training loss, nats a token', '#e65100'), val_bpb=('bits per byte, held-out text', '#6a1b9a'), lr=('learning rate, of its highest', '#1565c0'),
-             grad_norm=('length of the gradient', '#2e7d32'), tok_per_sec=('tokens a second', '#607d8b'))
+# %% ../nbs/34_lesson_pretrain.ipynb #db78eeb1
+LANES = dict(loss=('training loss, nats a token', '#e65100'), val_bpb=('bits per byte, held-out text', '#ab47bc'), lr=('learning rate, of its highest', '#1e88e5'),
+             grad_norm=('length of the gradient', '#43a047'), tok_per_sec=('tokens a second', '#78909c'))
 
 def lanes_of(metrics: list[dict], # of one stage, as `Run.metrics` gives them
 ) -> dict[str, list[tuple]]: # measure → (step, value) of all steps that have it
@@ -365,7 +365,7 @@ def value_at(points: list[tuple], # (step, value), in order
     "The newest value up to a step"
     return next((value for at, value in reversed(points) if at <= step), None)
 
-# %% ../nbs/34_lesson_pretrain.ipynb #3e163b3f
+# %% ../nbs/34_lesson_pretrain.ipynb #2035408f
 def lane_svg(key: str, points: list[tuple], # of one lane
     now: int, last: int, # steps: of the cursor, and of the right edge
     top: int, # of the lane, pixels
@@ -385,7 +385,7 @@ def lane_svg(key: str, points: list[tuple], # of one lane
     ticks = ''.join(f'<text x="50" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>' for tick in round_ticks(low, high, 3))
     words = f'{label}: {f"{value:.4g}" if value is not None else "not yet"}'
     future = shown[max(len(past) - 1, 0):] if len(past) < len(shown) else []
-    return f'<text x="56" y="{top + 12}" fill="{colour}">{words}</text>{ticks}{line(future, "#b0bec5")}{line(past, colour)}'
+    return f'<text x="56" y="{top + 12}" fill="{colour}">{words}</text>{ticks}{line(future, "#9e9e9e80")}{line(past, colour)}'
 
 def board_html(lanes: dict[str, list[tuple]], now: int, title: str) -> str: # now: a step
     "All lanes of a run, with a cursor"

@@ -246,7 +246,7 @@ def test_slider_shows_the_pages_of_the_static_twin(run):
 def test_what_lies_ahead_is_grey():
     board = LossBoard(lambda: [dict(step=s, loss=float(9 - s)) for s in range(9)])
     points = {step: re.findall(r'<polyline points="([^"]*)" fill="none" stroke="(#\w+)"', board.page(step)) for step in (0, 4, 8)}
-    assert [colour for _, colour in points[4]] == ['#b0bec5', lesson_pretrain.LANES['loss'][1]]
+    assert [colour for _, colour in points[4]] == ['#9e9e9e80', lesson_pretrain.LANES['loss'][1]]
     assert [len(line.split()) for line, _ in points[4]] == [5, 5] and [len(line.split()) for line, _ in points[8]] == [9]
 
 
