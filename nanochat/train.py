@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'count_supervised', 'accumulation_steps', 'share_batch', 'horizon', 'peak_flops', 'memory_gb',
-           'compiled', 'Trainer', 'cut_batch']
+           'compiled', 'Trainer', 'cut_batch', 'smoothed']
 
 # %% ../nbs/09_train.ipynb #613a4a93
 import math, shutil, time
@@ -249,12 +249,20 @@ def stop_on_nan(self: Trainer, value: float, batches: list[Batch], write: bool =
     raise NanochatError(f"stage {self.stage}: the loss is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
                         f"the last checkpoint is whole: lower the learning rates and run the same command again")
 
+# %% ../nbs/09_train.ipynb #a585ba00
+def smoothed(
+    before: float | None, # the running mean so far, None: there is none yet
+    value: float, # what was measured now
+    keep: float = 0.9, # how much of `before` stays
+) -> float:
+    "A running mean that begins with the first value"
+    return value if before is None else keep * before + (1 - keep) * value
+
 # %% ../nbs/09_train.ipynb #6a0bfacc
 @patch
 def report_line(self: Trainer, loss: float, scale: float) -> None:
     "Write the step's measurements, and from time to time a line for the eye"
-    keep = 0.9 if self.smooth is not None else 0.0
-    self.smooth = keep * (self.smooth or 0.0) + (1 - keep) * loss
+    self.smooth = smoothed(self.smooth, loss)
     steady = self.step - self.warm_step
     speed = (self.tokens - self.warm_tokens) / max(1e-9, time.time() - self.warm_time) if steady > 0 else 0.0
     peak = peak_flops(self.compute.device)

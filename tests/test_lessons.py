@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_evaluate, lesson_gpt, lesson_grpo, lesson_midtrain, lesson_muon, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_evaluate, lesson_gpt, lesson_grpo, lesson_midtrain, lesson_muon, lesson_pretrain, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -314,6 +314,7 @@ TWINS = {   # every widget, with something small in it
     lesson_tools.ToolTrace: lambda: lesson_tools.ToolTrace(['<b>', '<|python_start|>', '1/0', '<|python_end|>', '&'], [1, 1, 1, 1]),
     lesson_evaluate.TaskBars: lambda: lesson_evaluate.TaskBars({'<a>': [True, False]}, {'<a>': 25.0}, (1, 2)),
     lesson_evaluate.ChoiceInspector: lambda: lesson_evaluate.ChoiceInspector([dict(query='<b>', choices=['a', 'b c'], gold=0)], [[[b'a'], [b'b', b'<c']]], [[[1.0], [2.0, 0.5]]]),
+    lesson_pretrain.LossBoard: lambda: lesson_pretrain.LossBoard(lambda: [dict(step=step, loss=3. - step, lr=1.) for step in range(3)], '<a run>'),
     lesson_tour.AskBox: lambda: lesson_tour.AskBox(lambda question, temperature, top_k: ['yes'], ['Is it?']),
     lesson_data.PackingExplorer: lambda: lesson_data.PackingExplorer([['<b>', 'a', '&']] * 9, lengths=(2, 4), rows=2),
     lesson_speedrun.BudgetDial: lesson_speedrun.BudgetDial,
