@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_tokens, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_engine, lesson_gpt, lesson_grpo, lesson_muon, lesson_sft, lesson_tokens, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -307,6 +307,7 @@ TWINS = {   # every widget, with something small in it
     lesson_gpt.LogitLens: lens,
     lesson_muon.SingularValues: lambda: lesson_muon.SingularValues(torch.randn(12, 8), steps=5), lesson_muon.OptimizerRace: lesson_muon.OptimizerRace,
     lesson_grpo.AdvantageSandbox: lesson_grpo.AdvantageSandbox,
+    lesson_sft.MaskPainter: lambda: lesson_sft.MaskPainter(['<|bos|>', '<|assistant_start|>', '<i>', '<|assistant_end|>', '<|assistant_end|>']),
     lesson_engine.CacheFill: lambda: lesson_engine.CacheFill(['a', '<b>', '&'], 1, [2., 3.], [2., 1.]),
     lesson_engine.SamplingDials: lambda: lesson_engine.SamplingDials(torch.randn(4), lambda i: b'<a&b'[i:i + 1], lambda *setting: ['<i>'], ((1.0, 0, 1.0, 0.0),)),
     lesson_tour.AskBox: lambda: lesson_tour.AskBox(lambda question, temperature, top_k: ['yes'], ['Is it?']),
