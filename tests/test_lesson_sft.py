@@ -218,11 +218,12 @@ def test_painter_menu_and_buttons_show_the_pages_of_the_static_twin(painter):
     assert not any(button.value for button in row.children)
 
 
-def test_padding_is_told_from_the_end_mark():
+def test_padding_is_told_from_the_end_mark_and_a_result_from_the_answer():
     end = '<|assistant_end|>'
     ask = ['<|bos|>', '<|user_start|>', '<|user_end|>', '<|assistant_start|>']
     assert lesson_sft.token_kinds(ask + ['a', end, end, end])[-4:] == ['answer', 'end mark', 'padding', 'padding']
     assert lesson_sft.token_kinds(ask + ['a', end] + ask[1:] + [end]) == ['prompt'] * 4 + ['answer', 'end mark'] + ['prompt'] * 3 + ['end mark']
+    assert lesson_sft.token_kinds(ask + ['<|output_start|>', 'a', '<|output_end|>', 'b', end])[4:] == ['tool'] * 3 + ['answer', 'end mark']
     assert '<i>' not in lesson_sft.MaskPainter(ask + ['<i>', end]).static()
 
 
