@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Batch', 'rows_to_batch', 'RowStream', 'Ahead', 'encode_documents', 'document_tokens', 'Place', 'Piece',
            'mixed_tokens', 'cut_rows', 'deal', 'check_batch_shape', 'DocumentLoader', 'single_documents', 'best_fit',
-           'BestFit', 'ConversationLoader']
+           'BestFit', 'fill_row', 'cut_row', 'ConversationLoader']
 
 # %% ../nbs/04_dataloader.ipynb #6f9b3c16
 import random
-import warnings
+import sys
 from bisect import bisect_right
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -342,6 +342,19 @@ def restore_store(self: DocumentLoader, addresses: list[tuple]):
         found |= {(source, *start, number): documents[number] for number in wanted}
     for address in addresses: self.stream.add(tuple(address), found[tuple(address)])
 
+# %% ../nbs/04_dataloader.ipynb #fdfbe7e2
+def fill_row(ids: list[int], flags: list[int],  # flags: 1 = learned
+             length: int, pad: int,             # tokens of the row; the token that fills it
+            ) -> tuple[list[int], list[int]]:   # ids and flags, `length` of each
+    "A row filled up behind its end with tokens that nobody learns."
+    return ids + [pad]*(length - len(ids)), flags + [0]*(length - len(flags))
+
+def cut_row(ids: list[int], flags: list[int],      # flags: 1 = learned
+            length: int,                           # tokens that fit
+           ) -> tuple[list[int], list[int]] | None:  # ids and flags, at most `length` of each
+    "The beginning of a rendered conversation; None if nothing in it would be learned."
+    return (ids[:length], flags[:length]) if any(flags[1:length]) else None  # the first token is nobody's target
+
 # %% ../nbs/04_dataloader.ipynb #7722914e
 class ConversationLoader:
     "Conversations → batches for the chat stages; shuffled anew each epoch, deterministic, exactly resumable."
@@ -391,15 +404,12 @@ def order(self: ConversationLoader, epoch: int) -> list[int]:
 
 @patch
 def _render(self: ConversationLoader, epoch: int, position: int) -> tuple | None:
-    "Ids and flags of one conversation, cut to what fits; None if no token of it would be learned."
+    "The place, ids and flags of one conversation, cut to what fits; None if no token of it would be learned."
     index = self.order(epoch)[position]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of a cut before the first answer: such conversations are counted here
-            ids, mask = self.tokenizer.render_conversation(self.conversations[index], max_tokens=self.max_tokens)
+    try: ids, flags = self.tokenizer.render_conversation(self.conversations[index], max_tokens=sys.maxsize)
     except NanochatError as error: raise NanochatError(f"conversation {index} of the mixture: {error}") from None
-    if not self.mask: mask = [1]*len(ids)
-    return ([epoch, position], ids, mask) if any(mask[1:]) else None
+    row = cut_row(ids, flags if self.mask else [1]*len(ids), self.max_tokens)
+    return row and ([epoch, position], *row)
 
 @patch
 def _pull(self: ConversationLoader) -> bool:  # False when the epochs are over
@@ -474,7 +484,7 @@ def next_batch(self: ConversationLoader) -> Batch:
         longest = max(len(ids) for ids, _ in rows) - 1
         length = min(-(-longest//self.pad_multiple)*self.pad_multiple, self.sequence_len) + 1
     mine = deal(rows, self.rank, self.world_size)
-    return rows_to_batch([(ids + [self.pad]*(length - len(ids)), mask + [0]*(length - len(mask))) for ids, mask in mine], self.device)
+    return rows_to_batch([fill_row(*row, length, self.pad) for row in mine], self.device)
 
 # %% ../nbs/04_dataloader.ipynb #9841de82
 @patch(as_prop=True)

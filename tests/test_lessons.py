@@ -14,7 +14,7 @@ import pytest
 
 import torch
 
-from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_evaluate, lesson_gpt, lesson_grpo, lesson_midtrain, lesson_muon, lesson_pretrain, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
+from nanochat import attention, lesson, lesson_attention, lesson_data, lesson_engine, lesson_evaluate, lesson_gpt, lesson_grpo, lesson_midtrain, lesson_muon, lesson_pretrain, lesson_sft, lesson_speedrun, lesson_tokens, lesson_tools, lesson_tour, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / 'lessons').glob('[0-9]*.ipynb'))
@@ -309,6 +309,7 @@ TWINS = {   # every widget, with something small in it
     lesson_grpo.AdvantageSandbox: lesson_grpo.AdvantageSandbox,
     lesson_midtrain.PackedView: lambda: lesson_midtrain.PackedView(lesson_midtrain.small_tokenizer(), lesson_midtrain.render(lesson_midtrain.small_tokenizer(), lesson_midtrain.talk('<b>', '&')), 2, 4),
     lesson_midtrain.MixtureSliders: lambda: lesson_midtrain.MixtureSliders(dict(chat=4, sums=1), {'as it is': (4, 1), 'half': (1, 1)}),
+    lesson_sft.MaskPainter: lambda: lesson_sft.MaskPainter(['<|bos|>', '<|assistant_start|>', '<i>', '<|assistant_end|>', '<|assistant_end|>']),
     lesson_engine.CacheFill: lambda: lesson_engine.CacheFill(['a', '<b>', '&'], 1, [2., 3.], [2., 1.]),
     lesson_engine.SamplingDials: lambda: lesson_engine.SamplingDials(torch.randn(4), lambda i: b'<a&b'[i:i + 1], lambda *setting: ['<i>'], ((1.0, 0, 1.0, 0.0),)),
     lesson_tools.ToolTrace: lambda: lesson_tools.ToolTrace(['<b>', '<|python_start|>', '1/0', '<|python_end|>', '&'], [1, 1, 1, 1]),
