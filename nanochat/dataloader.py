@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Batch', 'rows_to_batch', 'RowStream', 'Ahead', 'encode_documents', 'document_tokens', 'Place', 'Piece',
            'mixed_tokens', 'cut_rows', 'deal', 'check_batch_shape', 'DocumentLoader', 'single_documents', 'best_fit',
-           'BestFit', 'fill_row', 'cut_row', 'ConversationLoader']
+           'BestFit', 'fill_row', 'crop_row', 'ConversationLoader']
 
 # %% ../nbs/04_dataloader.ipynb #6f9b3c16
 import random
@@ -349,7 +349,7 @@ def fill_row(ids: list[int], flags: list[int],  # flags: 1 = learned
     "A row filled up behind its end with tokens that nobody learns."
     return ids + [pad]*(length - len(ids)), flags + [0]*(length - len(flags))
 
-def cut_row(ids: list[int], flags: list[int],      # flags: 1 = learned
+def crop_row(ids: list[int], flags: list[int],      # flags: 1 = learned
             length: int,                           # tokens that fit
            ) -> tuple[list[int], list[int]] | None:  # ids and flags, at most `length` of each
     "The beginning of a rendered conversation; None if nothing in it would be learned."
@@ -408,7 +408,7 @@ def _render(self: ConversationLoader, epoch: int, position: int) -> tuple | None
     index = self.order(epoch)[position]
     try: ids, flags = self.tokenizer.render_conversation(self.conversations[index], max_tokens=sys.maxsize)
     except NanochatError as error: raise NanochatError(f"conversation {index} of the mixture: {error}") from None
-    row = cut_row(ids, flags if self.mask else [1]*len(ids), self.max_tokens)
+    row = crop_row(ids, flags if self.mask else [1]*len(ids), self.max_tokens)
     return row and ([epoch, position], *row)
 
 @patch

@@ -119,7 +119,7 @@ exercise('dataloader.fill_row', fill_row_cases,
 
 # %% ../nbs/37_lesson_sft.ipynb #32387e3d
 def cut_row_cases(rng: random.Random) -> Iterator[tuple]:
-    "Inputs for cut_row: ids, flags, length"
+    "Inputs for crop_row: ids, flags, length"
     yield [5, 6], [0, 1], 2
     yield [5, 6, 7], [0, 0, 1], 9
     yield [5, 6, 7], [0, 0, 1], 2
@@ -129,7 +129,7 @@ def cut_row_cases(rng: random.Random) -> Iterator[tuple]:
     for size in (6, 12, 12): yield [rng.randrange(50) for _ in range(size)], [0] * (size // 2) + [1] * (size - size // 2), rng.randint(2, size + 2)
 
 _cut, _any = '(ids[:length], flags[:length])', 'any(flags[1:length])'
-exercise('dataloader.cut_row', cut_row_cases,
+exercise('dataloader.crop_row', cut_row_cases,
     mutants=(
         Mutant('looks before the cut', _any, 'any(flags[1:])', 'You look for learned tokens BEFORE the cut. The cut may take all of them away, and then the row teaches nothing, silently.'),
         Mutant('counts the first', _any, 'any(flags[:length])', 'The first token of a row is never a target, since nothing stands before it. A row whose only flag is there teaches nothing.'),

@@ -12,7 +12,7 @@ from nanochat.lesson_grpo import apple_talk
 from nanochat.tokenizer import Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '09_sft.ipynb'
-EXERCISES = ['lesson_sft.assistant_mask', 'dataloader.rows_to_batch', 'sft.mean_loss', 'dataloader.fill_row', 'dataloader.cut_row']
+EXERCISES = ['lesson_sft.assistant_mask', 'dataloader.rows_to_batch', 'sft.mean_loss', 'dataloader.fill_row', 'dataloader.crop_row']
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ WRONG = {  # a learner's mistake, in a way that is no change of the library's ow
     'returns two tables': ('dataloader.rows_to_batch', 'two results', lambda rows: tuple(with_a_loop(rows))[:2]),
     'works in place': ('dataloader.fill_row', 'changes input', appends_padding),
     'learns what it fills': ('dataloader.fill_row', 'learns the padding', lambda ids, flags, length, pad: (ids + [pad] * (length - len(ids)), (flags + [1] * length)[:length])),
-    'looks at all flags': ('dataloader.cut_row', 'looks before the cut', lambda ids, flags, length: (ids[:length], flags[:length]) if sum(flags[1:]) else None),
+    'looks at all flags': ('dataloader.crop_row', 'looks before the cut', lambda ids, flags, length: (ids[:length], flags[:length]) if sum(flags[1:]) else None),
     'averages twice': ('sft.mean_loss', 'mean of means', lambda m, batches, c, n: sum(m(b.inputs, b.targets).item() for b in batches[:n]) / len(batches[:n])),
     'returns a tensor': ('sft.mean_loss', 'a tensor', lambda *a: torch.tensor(sft.mean_loss(*a))),
 }
@@ -94,7 +94,7 @@ RIGHT = {  # other ways to write it, which a check must not refuse
     'spans of text': ('lesson_sft.assistant_mask', by_spans),
     'a loop': ('dataloader.rows_to_batch', with_a_loop),
     'a filled list': ('dataloader.fill_row', lambda ids, flags, length, pad: ((ids + [pad] * length)[:length], (flags + [0] * length)[:length])),
-    'slices first': ('dataloader.cut_row', cut_by_slices),
+    'slices first': ('dataloader.crop_row', cut_by_slices),
     'plain numbers': ('sft.mean_loss', own_mean),
 }
 
@@ -177,7 +177,7 @@ def test_loader_cuts_and_fills_its_rows_by_these_functions_and_counts_what_it_dr
     good, tokenizer, _, _ = world
     loader = ConversationLoader(good, tokenizer, 4, 24, packing='padded', epochs=1)
     batches = list(loader)
-    kept = [row for talk in good if (row := dataloader.cut_row(*tokenizer.render_conversation(talk), 25))]
+    kept = [row for talk in good if (row := dataloader.crop_row(*tokenizer.render_conversation(talk), 25))]
     assert loader.stats['dropped'] == len(good) - len(kept) > 0 and loader.stats['rows'] == len(kept)
     rows = [(i, t) for batch in batches for i, t in zip(batch.inputs.tolist(), batch.targets.tolist())]
     wanted = dataloader.rows_to_batch([dataloader.fill_row(*row, 25, tokenizer.special['<|assistant_end|>']) for row in kept])
