@@ -242,7 +242,7 @@ def explained_by(exercise: Exercise, mutant: Mutant, seen: list, # of (arguments
     "Whether the mutant behaves like the learner's function on every case seen"
     wrong = trial(exercise, mutated(exercise.name, mutant))
     for arguments, got in seen:
-        theirs = attempt(wrong, arguments, limit=.5)
+        theirs = attempt(wrong, arguments, limit=2)
         if theirs.kind != got.kind: return False
         if got.kind == 'error' and not isinstance(theirs.value, type(got.value)): return False   # a learner may raise the more general one
         if got.kind == 'value' and difference(got.value, theirs.value, exercise.tolerance): return False
@@ -381,7 +381,7 @@ def catches(name: str, # an exercise
     cases = list(exercise.cases(random.Random(seed)))
     right = [library(name)(*copy.deepcopy(arguments)) for arguments in cases]
     def differs(function, arguments, want):
-        got = attempt(function, arguments, .5)
+        got = attempt(function, arguments, 2)
         return got.kind != 'value' or difference(got.value, want, exercise.tolerance) is not None
     return {m.name: [differs(trial(exercise, mutated(name, m)), arguments, want) for arguments, want in zip(cases, right)] for m in exercise.mutants}
 
