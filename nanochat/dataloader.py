@@ -43,12 +43,12 @@ IGNORE = -1  # target of a position without loss (the reference system, October 
 
 # %% ../nbs/04_dataloader.ipynb #06ab4107
 def rows_to_batch(rows: list[tuple[list[int], list[int]]],  # each row: T+1 token ids, and T+1 flags: 1 = has a loss as a target
-                  device: torch.device = 'cpu') -> Batch:
+                 ) -> Batch:
     "Shift each row by one: position t sees token t and is asked for token t+1."
     ids = torch.tensor([row for row, _ in rows], dtype=torch.int64)
     flags = torch.tensor([mask for _, mask in rows], dtype=torch.bool)
     targets = torch.where(flags[:, 1:], ids[:, 1:], IGNORE)
-    return Batch(ids[:, :-1].contiguous(), targets).to(device)
+    return Batch(ids[:, :-1].contiguous(), targets)
 
 # %% ../nbs/04_dataloader.ipynb #6b8556f3
 class RowStream:
@@ -267,9 +267,9 @@ class BestFit:
 
     def add(self, address: tuple, ids: np.ndarray):
         "Put a document into the store."
-        place = bisect_right(self.sizes, len(ids))  # equal lengths keep the order in which they came
-        self.sizes.insert(place, len(ids))
-        self.store.insert(place, (self.count, address, ids))
+        at = bisect_right(self.sizes, len(ids))  # equal lengths keep the order in which they came
+        self.sizes.insert(at, len(ids))
+        self.store.insert(at, (self.count, address, ids))
         self.count += 1
 
     def fill(self):
@@ -349,9 +349,9 @@ def fill_row(ids: list[int], flags: list[int],  # flags: 1 = learned
     "A row filled up behind its end with tokens that nobody learns."
     return ids + [pad]*(length - len(ids)), flags + [0]*(length - len(flags))
 
-def crop_row(ids: list[int], flags: list[int],      # flags: 1 = learned
-            length: int,                           # tokens that fit
-           ) -> tuple[list[int], list[int]] | None:  # ids and flags, at most `length` of each
+def crop_row(ids: list[int], flags: list[int],     # flags: 1 = learned
+             length: int,                          # tokens that fit
+            ) -> tuple[list[int], list[int]] | None:  # ids and flags, at most `length` of each
     "The beginning of a rendered conversation; None if nothing in it would be learned."
     return (ids[:length], flags[:length]) if any(flags[1:length]) else None  # the first token is nobody's target
 
@@ -484,7 +484,7 @@ def next_batch(self: ConversationLoader) -> Batch:
         longest = max(len(ids) for ids, _ in rows) - 1
         length = min(-(-longest//self.pad_multiple)*self.pad_multiple, self.sequence_len) + 1
     mine = deal(rows, self.rank, self.world_size)
-    return rows_to_batch([fill_row(*row, length, self.pad) for row in mine], self.device)
+    return rows_to_batch([fill_row(*row, length, self.pad) for row in mine]).to(self.device)
 
 # %% ../nbs/04_dataloader.ipynb #9841de82
 @patch(as_prop=True)

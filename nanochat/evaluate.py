@@ -94,8 +94,8 @@ def reply_losses(
     "How much every token of each reply surprises the model."
     width = max(len(prompt) + len(reply) for prompt, reply in rows)
     ids, targets = (torch.tensor(part, device=model.device) for part in zip(*(reply_row(*row, width, pad) for row in rows)))  # (rows, T)
-    nats = model(ids, targets, reduction='none').view_as(ids)
-    return [row[wanted >= 0].tolist() for row, wanted in zip(nats, targets)]
+    nats = model(ids, targets, reduction='none').view_as(ids).cpu()  # all at once: each look at a GPU waits for it
+    return [row[wanted >= 0].tolist() for row, wanted in zip(nats, targets.cpu())]
 
 # %% ../nbs/15_evaluate.ipynb #b78eb489
 def likeliest(

@@ -68,7 +68,7 @@ def difference(got, # what came back
     "How `got` differs from `want`, in words; None if it does not"
     if got is None and want is not None: return 'nothing came back (None): is a `return` missing?'
     if hasattr(want, 'detach'): return tensor_difference(got, want, tolerance)
-    if hasattr(want, 'tolist') and isinstance(got, (list, tuple)): got = [item.item() if hasattr(item, 'item') else item for item in got]
+    if hasattr(want, 'tolist') and isinstance(got, (list, tuple)): got = [item.tolist() if hasattr(item, 'tolist') else item for item in got]
     if hasattr(want, 'tolist'): return difference(got.tolist() if hasattr(got, 'tolist') else got, want.tolist(), tolerance)   # numpy: a list of the same numbers will do
     if isinstance(want, float) and isinstance(got, (int, float)):
         return None if abs(got - want) <= tolerance else f'{got:.6g} came back, {want:.6g} was expected'
@@ -290,7 +290,7 @@ def examine(exercise: Exercise, mine: Callable, seed: int = 0) -> Verdict:
         mistake, message = diagnose(exercise, seen, arguments, got, want)
         yours = {'value': short(got.value), 'error': f'{type(got.value).__name__}: {got.value}', 'timeout': 'no answer'}[got.kind]
         return Verdict(name, 'wrong' if got.kind == 'value' else got.kind, message, mistake, f'{show_call(name, arguments)}\n  yours: {yours}\n  right: {short(want)}')
-    return examine_more(exercise, mine, seed, len(seen))
+    return examine_more(exercise, trial(exercise, mine), seed, len(seen))
 
 # %% ../nbs/24_lesson.ipynb #3e466e4b
 def gradients(function: Callable, arguments: tuple) -> list:

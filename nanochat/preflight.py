@@ -11,7 +11,8 @@ __all__ = ['STAGES', 'PUBLISHED_ROWS', 'ACTIVATION', 'PROCESS', 'TOKENS_A_ROW', 
            'count_steps', 'plan_training', 'written', 'plan_evaluation', 'hub_shards', 'characters', 'missing_files',
            'plan_data', 'plan_run', 'Machine', 'profile_machine', 'best_seconds', 'matmul_flops', 'measure_model',
            'free_disk', 'this_machine', 'Estimate', 'show_minutes', 'estimate_rows', 'check_memory', 'check_disk',
-           'check_shards', 'check_processes', 'check_trainer', 'check_hub', 'check_folder', 'remember', 'preflight']
+           'check_shards', 'check_processes', 'check_trainer', 'check_hub', 'check_folder', 'note_estimate',
+           'preflight']
 
 # %% ../nbs/23_preflight.ipynb #4477a56c
 import contextlib, importlib, io, math, os, shutil, time, warnings
@@ -529,14 +530,14 @@ def check_folder(run: str) -> None:
     except OSError as error: raise NanochatError(f"{probe.parent}: cannot be written ({error.strerror}); set NANOCHAT_HOME to a folder of your own") from None
 
 # %% ../nbs/23_preflight.ipynb #0e64ccff
-def remember(estimate: Estimate, name: str) -> None: # name: of the run
+def note_estimate(estimate: Estimate, name: str) -> None: # name: of the run
     "Note in run.json what each stage that is still to come should take, in seconds: the report compares"
     run = Run.create(name, profile=estimate.profile)
     run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done})
 
 def preflight(
     profile: str = "kindergarten", # name or path of a profile
-    run: str = "on-paper", # name of the run
+    run: str = "", # name of the run, in which the estimate is noted; empty: of none
     nproc: int = 0, # processes, 0: what the profile says
     options: dict = {}, # stage → options that replace the profile's
     dry_run: bool = False, # estimate for the profile's own machine, and leave this one alone
@@ -544,21 +545,22 @@ def preflight(
     "What a run will take; raises `NanochatError` for the first thing that would stop it"
     settings = load_profile(profile)
     nproc = nproc or settings["nproc"]
-    plans, base = plan_run(profile, run, nproc, options)
+    name = run or "on-paper"
+    plans, base = plan_run(profile, name, nproc, options)
     check_shards(plans)
     if dry_run: machine = profile_machine(profile, nproc, base.model.config.n_layer)
     else:
         dataset, values = plans[0].options, next(plan.options for plan in plans if plan.stage == "base")
-        root, done = data_place(dataset)[0], Run(run).stages()
+        root, done = data_place(dataset)[0], Run(name).stages()
         for plan in plans: plan.done = plan.stage in done and plan.stage != "report"
         check_processes(nproc, values["device"])
         check_trainer(min(plans[1].options["max_chars"], characters(dataset, root)))
-        check_folder(run)
+        check_folder(name)
         if dataset["data"] == "hub" and not plans[0].done: check_hub(missing_files(dataset, root))
         machine = this_machine(base, values, nproc, settings["about"].get("hourly_usd", 0.0))
     machine.flops *= base.compute.world_size / nproc  # several machines
     estimate = Estimate(profile, plans, machine)
     check_memory(estimate)
     check_disk(estimate)
-    if not dry_run: remember(estimate, run)
+    if run and not dry_run: note_estimate(estimate, run)
     return estimate

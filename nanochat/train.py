@@ -37,7 +37,7 @@ def accumulation_steps(
     "How many micro-batches make a step; raises `NanochatError` if they do not divide it"
     tokens = batch_size * sequence_len * world_size
     if total_batch_size % tokens:
-        raise NanochatError(f"total_batch_size {total_batch_size}: not a multiple of {batch_size} rows × {sequence_len} tokens × {world_size} processes = {tokens}; change batch_size")
+        raise NanochatError(f"total_batch_size {total_batch_size}: not a multiple of {batch_size} rows × {sequence_len} tokens × {world_size} processes = {tokens}; change batch_size or total_batch_size")
     return total_batch_size // tokens
 
 # %% ../nbs/09_train.ipynb #share0002

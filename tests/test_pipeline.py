@@ -10,7 +10,7 @@ STAGES = "dataset tokenizer base eval_base mid eval_mid sft eval_sft rl eval_rl 
 
 
 def environment(home):
-    return os.environ | dict(NANOCHAT_HOME=str(home), OMP_NUM_THREADS="2")
+    return os.environ | dict(NANOCHAT_HOME=str(home), OMP_NUM_THREADS="1")  # two test files run at a time
 
 
 def speedrun(home, run, *words):

@@ -56,7 +56,7 @@ def test_the_dry_run_of_a_small_profile_passes(profile): assert preflight(profil
 
 FAULTS = {
     "one shard too few": ({"dataset": {"shards": 215}}, "215 shards", "dataset.shards to 216"),
-    "a batch that does not divide": ({"base": {"total_batch_size": 600_000}}, "base: total_batch_size 600000: not a multiple", "change batch_size"),
+    "a batch that does not divide": ({"base": {"total_batch_size": 600_000}}, "base: total_batch_size 600000: not a multiple", "change batch_size or total_batch_size"),
     "a batch of finetuning that does not divide": ({"sft": {"examples_per_step": 36}}, "sft: examples_per_step 36: not a multiple"),
     "a batch of tries that does not divide": ({"rl": {"batch_size": 24}}, "rl: examples_per_step 16", "not a multiple of 24 rows"),
     "too little memory": ({"base": {"batch_size": 64, "total_batch_size": 2**20}}, "memory: stage base", "base.batch_size to 32"),
