@@ -2,13 +2,15 @@
 
 python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kindergarten's text and size
 python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
-python benchmarks/ablation.py --minutes 5                              # equal time instead of equal tokens
+
+Equal tokens first. Then every model whose step costs more or less than the classic one's by over 2% is trained again, for as many steps as fit into the
+same time. A step's time is the processor's (on a GPU the clock's), measured in ten further steps, so that other work on the machine does not count.
 
 Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over. A seed changes the first
 weights, not the order of the text: the spread does not hold what another order would add. With --steps on the kindergarten's text stay below
 180: about step 190 its documents turn from stories to games, and a run that ends just then measures the surprise (2.9 bits per byte, all switches alike).
 """
-import argparse, json, math, platform, shutil, statistics
+import argparse, json, math, platform, shutil, statistics, time
 from pathlib import Path
 
 import torch
@@ -27,6 +29,16 @@ OPTIMIZER = dict(polar_express=dict(quintics="polar_express"), normuon=dict(line
 VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | OPTIMIZER | {"modern": dict(recipe="modern")}
 
 
+def step_seconds(trainer: Trainer) -> float:
+    "Median time of ten further steps, which leave the weights as they are"
+    clock, times = time.process_time if trainer.compute.device.type == "cpu" else time.perf_counter, []
+    for _ in range(10):
+        start = clock()
+        trainer.train_step(0.0)
+        times.append(clock() - start)
+    return statistics.median(times)
+
+
 def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> dict: # options: of the stage base
     "Train one model and measure it, or take the result of an earlier call with the same options"
     file, settings = ("ablation", f"{name}_{seed}.json"), options | dict(fields=fields, seed=seed)
@@ -40,11 +52,12 @@ def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, se
     stage = f"ablation_{name}_{seed}"
     shutil.rmtree(run.path(stage), ignore_errors=True)
     trainer = Trainer(model, make_optimizers(model, **rates), DocumentLoader(corpus_sources(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, stage, tokenizer,
-                      options["steps"] or None, options["minutes"], accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
+                      options["steps"], 0.0, accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
     trainer.fit()
-    speed = {entry["step"]: entry for entry in run.metrics(stage)}[trainer.step]["tok_per_sec"] or math.nan  # without the first steps, in which the model is compiled
-    result = dict(settings=settings, bpb=pretrain.validation_bits_per_byte(model.eval(), run, tokenizer, compute, *shape, options["eval_tokens"]),
-                  tokens=trainer.tokens, seconds=trainer.tokens / speed, params=model.num_params(), flops_per_token=model.flops_per_token())
+    result = dict(settings=settings, steps=trainer.step, tokens=trainer.tokens, params=model.num_params(), flops_per_token=model.flops_per_token(),
+                  bpb=pretrain.validation_bits_per_byte(model.eval(), run, tokenizer, compute, *shape, options["eval_tokens"]))
+    model.train()
+    result["step_seconds"] = step_seconds(trainer)
     run.write_json(result, *file)
     shutil.rmtree(run.path(stage))
     return result
@@ -55,9 +68,13 @@ def show(name: str, results: list[dict], base: list[dict]) -> str: # results and
     bpb, [first, *_] = [r["bpb"] for r in results], results
     gains = [r["bpb"] - b["bpb"] for r, b in zip(results, base)]
     gain = "" if results is base else f"{statistics.mean(gains):+.4f}" + (f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.4f}" if len(gains) > 1 else "")
-    seconds = statistics.median(r["seconds"] for r in results)
     return (f"{name:<18}{statistics.mean(bpb):.4f} ({min(bpb):.4f} to {max(bpb):.4f})   {gain:<20}{first['params'] / 1e6:>10.2f}"
-            f"{first['flops_per_token'] / base[0]['flops_per_token']:>12.2f}{first['tokens'] / 1e6:>10.2f}{seconds:>10.1f}")
+            f"{first['flops_per_token'] / base[0]['flops_per_token']:>12.2f}{first['tokens'] / 1e6:>10.2f}{pace(results) / pace(base):>10.2f}")
+
+
+def pace(results: list[dict]) -> float: # seconds
+    "Time of a step, over all seeds"
+    return statistics.median(result["step_seconds"] for result in results)
 
 
 if __name__ == "__main__":
@@ -67,7 +84,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="a folder in the hub's layout; by default the profile's own text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="of each model; by default the profile's")
-    parser.add_argument("--minutes", type=float, help="of each model, instead of steps")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which models; classic is always one of them")
     parser.add_argument("--record", help="write everything to this JSON file")
     args = parser.parse_args()
@@ -77,19 +93,25 @@ if __name__ == "__main__":
     known = Run.open(args.run).record("dataset")["options"]["data"]
     if args.data and known != args.data: raise SystemExit(f"run {args.run} holds other data ({known}); choose another --run")
     run, profile = Run.open(args.run), load_profile(args.profile)
-    given = dict(minutes=args.minutes, steps=0) if args.minutes else dict(steps=args.steps) if args.steps else {}
-    options = resolve_options(pretrain.main.func, "base", profile, given)
+    options = resolve_options(pretrain.main.func, "base", profile, dict(steps=args.steps) if args.steps else {})
     compute = compute_init(options["device"], options["dtype"])
     names = [name for name in VARIANTS if name in args.only or name == "classic"]
-    results = {name: [] for name in names}
+    results, same_time = {name: [] for name in names}, {}
     for turn, seed in enumerate(args.seeds):
         for name in names[turn:] + names[:turn]:  # each seed begins with another model, so that none always runs on a warmer machine
             results[name].append(train(run, compute, options, name, VARIANTS[name], seed))
-            print(f"seed {seed}, {name}: {results[name][-1]['bpb']:.4f} bits per byte, {results[name][-1]['seconds']:.1f} s", flush=True)
-    print(f"\n{'':<18}{'bits per byte':<29}{'against classic':<20}{'weights, M':>10}{'operations':>12}{'tokens, M':>10}{'seconds':>10}")
-    for name in names: print(show(name, results[name], results["classic"]))
+            print(f"seed {seed}, {name}: {results[name][-1]['bpb']:.4f} bits per byte, {results[name][-1]['step_seconds']:.3f} s a step", flush=True)
+    for name in names:
+        ratio = pace(results[name]) / pace(results["classic"])
+        if abs(ratio - 1) < 0.02: continue
+        fitting = options | dict(steps=round(options["steps"] / ratio))
+        same_time[name] = [train(run, compute, fitting, f"{name}_same_time", VARIANTS[name], seed) for seed in args.seeds]
+        print(f"{name}, {fitting['steps']} steps: {statistics.mean(r['bpb'] for r in same_time[name]):.4f} bits per byte", flush=True)
+    for title, table in {"the same tokens": results, "the same time": same_time}.items():
+        print(f"\n{title:<18}{'bits per byte':<29}{'against classic':<20}{'weights, M':>10}{'operations':>12}{'tokens, M':>10}{'step time':>10}")
+        for name in table: print(show(name, table[name], results["classic"]))
     if args.record:
-        record = dict(profile=args.profile, seeds=args.seeds, options=options, machine=run.info.get("machine"), git=run.info.get("git"), torch=torch.__version__, python=platform.python_version(),
-                      device=str(compute.device), dtype=str(compute.dtype)[6:], threads=torch.get_num_threads(),
-                      results={name: [{k: v for k, v in r.items() if k != "settings"} for r in rows] for name, rows in results.items()})
+        def bare(table): return {name: [{k: v for k, v in r.items() if k != "settings"} for r in rows] for name, rows in table.items()}
+        record = dict(profile=args.profile, corpus=run.info["corpus"], seeds=args.seeds, options=options, machine=run.info.get("machine"), git=run.info.get("git"), torch=torch.__version__, python=platform.python_version(),
+                      device=str(compute.device), dtype=str(compute.dtype)[6:], threads=torch.get_num_threads(), results=bare(results), same_time=bare(same_time))
         Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
