@@ -17,13 +17,7 @@ from nanochat.tokenizer import Tokenizer
 LESSON = Path(__file__).parent.parent / 'lessons' / '02_data.ipynb'
 EXERCISES = ['lesson_data.one_stream', 'dataloader.cut_rows', 'dataloader.best_fit', 'dataloader.deal', 'dataloader.RowStream.place']
 TEXTS = ['the cat sat on the mat', 'a dog', '', 'the dog ate the hat of the cat', 'no', 'on and on and on the cat went'] * 8
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path / 'home'))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(scope='module')

@@ -15,13 +15,7 @@ from nanochat.tokenizer import Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '10_engine.ipynb'
 EXERCISES = ['attention.KVCache.update', 'engine.odds', 'engine.walk', 'engine.penalise', 'lesson_engine.noise']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(scope='module')

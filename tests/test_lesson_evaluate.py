@@ -19,13 +19,7 @@ from nanochat.tokenizer import Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '07_evaluation.ipynb'
 EXERCISES = ['lesson_evaluate.bits_of_text', 'evaluate.reply_row', 'evaluate.likeliest', 'core.centered', 'evaluate.standard_error', 'evaluate.pass_at_k', 'evaluate.word_runs']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(scope='module')

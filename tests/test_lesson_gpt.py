@@ -15,13 +15,7 @@ LESSON = Path(__file__).parent.parent / 'lessons' / '04_gpt.ipynb'
 EXERCISES = sorted(name for name in lesson.exercises if name.startswith('gpt.'))
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
 TIME_LIMIT = 90   # seconds of processor time at the tiny scale
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress and generated data go to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 def cells(kind: str) -> list[str]:

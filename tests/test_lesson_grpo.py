@@ -10,13 +10,7 @@ from nanochat.common import compute_init
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '12_grpo.ipynb'
 EXERCISES = ['grpo.advantages', 'grpo.agrees', 'grpo.rollout_row', 'grpo.token_weights', 'grpo.k3']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------

@@ -13,13 +13,7 @@ from nanochat.tokenizer import PART_TOKENS, Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '08_midtraining.ipynb'
 EXERCISES = ['lesson_midtrain.render', 'tokenizer.Tokenizer.render_for_completion', 'tasks.render_multiple_choice', 'tasks.tool_parts', 'tasks.mixed_order']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(scope='module')

@@ -11,13 +11,7 @@ from nanochat.muon import AdamW, Muon, lr_multiplier, make_optimizers
 LESSON = Path(__file__).parent.parent / 'lessons' / '05_optimizers.ipynb'
 EXERCISES = ['lesson_muon.nesterov', 'lesson_muon.adam', 'muon.newton_schulz', 'muon.group_of', 'muon.lr_multiplier']
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])

@@ -16,13 +16,7 @@ from nanochat.tokenizer import Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '06_pretraining.ipynb'
 EXERCISES = ['core.bits_per_byte', 'lesson_pretrain.training_loop', 'train.count_supervised', 'train.smoothed', 'lesson_pretrain.bill']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress and runs go to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------

@@ -13,13 +13,7 @@ from nanochat.tokenizer import Tokenizer
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '09_sft.ipynb'
 EXERCISES = ['lesson_sft.assistant_mask', 'dataloader.rows_to_batch', 'sft.mean_loss', 'dataloader.fill_row', 'dataloader.crop_row']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------

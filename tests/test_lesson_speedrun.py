@@ -11,13 +11,7 @@ from nanochat import common, lesson, lesson_speedrun as speed, preflight, report
 from nanochat.gpt import GPT, GPTConfig
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '13_speedrun.ipynb'
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- the napkin ------------------------------------------------------------------------------------------------------

@@ -13,13 +13,7 @@ from nanochat.gpt import GPT, GPTConfig
 
 LESSON = Path(__file__).parent.parent / 'lessons' / '11_tools.ipynb'
 EXERCISES = ['tools.Reader.product', 'tools.Reader.factor', 'tools.show_number', 'tools.calculator', 'engine.last_call', 'lesson_tools.take_turns', 'tasks.extract_code']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------

@@ -20,13 +20,7 @@ from nanochat.tokenizer import Tokenizer
 LESSON = Path(__file__).parent.parent / 'lessons' / '00_tour.ipynb'
 EXERCISES = ['lesson_tour.chances', 'lesson_tour.keep_likeliest', 'lesson_tour.surprise', 'tasks.contains_words']
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- the functions ---------------------------------------------------------------------------------------------------

@@ -23,13 +23,7 @@ for module in (ROOT / 'nanochat').glob('lesson_*.py'): importlib.import_module(f
 EXERCISES = sorted(lesson.exercises)
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
 TIME_LIMIT = 90   # seconds of processor time for one lesson at the tiny scale, so that other work on the machine does not fail the test
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress and generated data go to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 def cpu_seconds() -> float:
