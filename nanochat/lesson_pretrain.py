@@ -23,7 +23,7 @@ from .common import Compute, NanochatError, Run
 from .core import bits_per_byte
 from .dataloader import Batch
 from .gpt import GPT, GPTConfig
-from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html
+from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html, random_tensors
 from .muon import Schedule, make_optimizers, set_rates, step_together
 from .report import round_ticks, thin
 from .tokenizer import Tokenizer
@@ -134,7 +134,7 @@ def training_loop(
 def training_loop_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for training_loop: a model, an optimizer, and the pieces of each step"
     def case(vocab_size, rate, sizes, length):
-        make = torch.Generator().manual_seed(rng.randrange(2**31))
+        make = random_tensors(rng)
         steps = [[torch.randint(vocab_size, (rows, length + 1), generator=make) for rows in pieces] for pieces in sizes]
         model, shown = Bigram(vocab_size), ', '.join(' + '.join(map(str, pieces)) for pieces in sizes)
         return model, Downhill(model, rate), labelled(steps, f'<{len(sizes)} step{"s" * (len(sizes) > 1)} of {shown} rows>')
