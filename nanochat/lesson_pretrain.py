@@ -49,6 +49,7 @@ class Downhill:
         for weight in self.weights: weight.grad = None
     def __repr__(self) -> str: return f'<gradient descent, rate {self.rate:g}>'
 
+# %% ../nbs/34_lesson_pretrain.ipynb #96a32fef
 class Labelled(list):
     "A list that says in a few words what is in it"
     label = ''
@@ -72,6 +73,7 @@ def simple_bits_per_byte(model, batches, token_bytes, compute) -> float:
         size += length.sum().item()
     return nats / (math.log(2) * size)
 
+# %% ../nbs/34_lesson_pretrain.ipynb #4173bb66
 @dataclass
 class Surprises:
     "A model that is surprised by each token in a fixed way"
@@ -131,6 +133,7 @@ def training_loop(
         losses.append(loss)
     return losses
 
+# %% ../nbs/34_lesson_pretrain.ipynb #23fe0e4e
 def training_loop_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for training_loop: a model, an optimizer, and the pieces of each step"
     def case(vocab_size, rate, sizes, length):
@@ -262,6 +265,7 @@ def watch_gradients(model: nn.Module, loader: TokenLoader):
         loader.metrics['grad_norm'] = sum(squares.values())**0.5
     for parameter in model.parameters(): parameter.register_post_accumulate_grad_hook(seen)
 
+# %% ../nbs/34_lesson_pretrain.ipynb #00aa5777
 class Together:
     "Several optimizers as one thing with step() and zero_grad()"
     def __init__(self, optimizers: list): self.optimizers = optimizers
