@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'STAGES', 'PUBLISHED_D20', 'CHATCORE_TASKS', 'CURVES', 'PRI
            'read_records', 'show_time', 'show_value', 'mean_centered', 'graded', 'scores', 'show_score',
            'is_kindergarten', 'published', 'published_cells', 'score_table', 'round_ticks', 'thin', 'curve_svg',
            'sparkline', 'curves', 'hourly_price', 'totals', 'code_size', 'badges', 'next_goal', 'md_cell', 'md_code',
-           'to_markdown', 'to_html', 'header_blocks', 'exam_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip',
+           'to_markdown', 'to_html', 'exam_blocks', 'header_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip',
            'sample_blocks', 'turned', 'example_blocks', 'report_blocks', 'page', 'write_report', 'main']
 
 # %% ../nbs/19_report.ipynb #c465d91c
@@ -344,6 +344,22 @@ def to_html(
                          + (f'<em>{esc(found)}</em>' if earned and found else '') + '</li>' for name, rule, earned, found in rest[0]) + '</ul>')
     return '\n'.join(lines)
 
+# %% ../nbs/19_report.ipynb #e8a1b1c5
+def exam_blocks(records: dict) -> list[tuple]:
+    "What is behind the scores: how much of the exams had been read in training, and what several tries bring."
+    stages = [results for stage in MODELS if 'tasks' in (results := (records['stages'].get(f'eval_{stage}') or {}).get('results') or {})]
+    read = {task: each['overlap'] for task, each in (stages[-1]['tasks'] if stages else {}).items() if each.get('overlap')}
+    sources = [stage for stage in MODELS if any(stage in each for each in read.values())]
+    blocks = []
+    if read:
+        rows = [[task, *(f"{each[s]['whole']:.1%} ({each[s]['part']:.1%})" if s in each else '' for s in sources)] for task, each in read.items()]
+        blocks = [('text', 'How many of the problems stand in what each stage was trained on, whole, and in brackets also those that share only 13 words in a row with it (of the base model\'s text, a first part is searched):'),
+                  ('table', ['task', *(stage.upper() for stage in sources)], rows)]
+    tries = [[e['task'], e['stage'].upper(), show_value(e['temperature']), ', '.join(f"{each['k']}: {show_score((each['rate'], each['stderr']))}" for each in e['pass_at'] if each['k'] & (each['k'] - 1) == 0 or each['k'] == e['num_samples'])]
+             for e in records['evals'].values() if 'pass_at' in e]
+    if tries: blocks += [('text', 'The chance that at least one of k tries is right:'), ('table', ['task', 'model', 'temperature', 'pass@k'], tries)]
+    return blocks
+
 # %% ../nbs/19_report.ipynb #bab0eb2a
 def header_blocks(records: dict) -> list[tuple]:
     "What ran, where, on which code, for how long and how much."
@@ -363,21 +379,6 @@ def header_blocks(records: dict) -> list[tuple]:
             ['estimate', f"{show_time(total['estimate'])} for these stages, made before they began; they took {total['estimated'] / total['estimate']:.2f} times that" if total['estimate'] else None],
             ['cost', f"${total['dollars']:.2f} at ${total['price']:.2f} an hour" if total['price'] else 'not priced: no GPU']]
     return [('heading', 1, f"Report card of the run {records['name']}"), ('table', ['', ''], [[key, show_value(value)] for key, value in rows])]
-
-def exam_blocks(records: dict) -> list[tuple]:
-    "What is behind the scores: how much of the exams had been read in training, and what several tries bring."
-    stages = [results for stage in MODELS if 'tasks' in (results := (records['stages'].get(f'eval_{stage}') or {}).get('results') or {})]
-    read = {task: each['overlap'] for task, each in (stages[-1]['tasks'] if stages else {}).items() if each.get('overlap')}
-    sources = [stage for stage in MODELS if any(stage in each for each in read.values())]
-    blocks = []
-    if read:
-        rows = [[task, *(f"{each[s]['whole']:.1%} ({each[s]['part']:.1%})" if s in each else '' for s in sources)] for task, each in read.items()]
-        blocks = [('text', 'How many of the problems stand in what each stage was trained on, whole, and in brackets also those that share only 13 words in a row with it (of the base model\'s text, a first part is searched):'),
-                  ('table', ['task', *(stage.upper() for stage in sources)], rows)]
-    tries = [[e['task'], e['stage'].upper(), show_value(e['temperature']), ', '.join(f"{each['k']}: {show_score((each['rate'], each['stderr']))}" for each in e['pass_at'] if each['k'] & (each['k'] - 1) == 0 or each['k'] == e['num_samples'])]
-             for e in records['evals'].values() if 'pass_at' in e]
-    if tries: blocks += [('text', 'The chance that at least one of k tries is right:'), ('table', ['task', 'model', 'temperature', 'pass@k'], tries)]
-    return blocks
 
 def score_blocks(records: dict) -> list[tuple]:
     "Badges and the table of scores."
