@@ -3,8 +3,8 @@
 python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kindergarten's text and size
 python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
 
-Equal tokens first. Then every model whose step costs more or less than the classic one's by over 2% is trained again, for as many steps as fit into the
-same time. A step's time is the processor's (on a GPU the clock's), measured in ten further steps, so that other work on the machine does not count.
+Equal tokens first. Then every model whose step takes longer or shorter than the classic one's by over 2% is trained again, for as many steps as fit into
+the same time. How long a step takes is measured step against step: one of the classic model, one of the other, in turns, so that other work on the machine counts for both.
 
 Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over. A seed changes the first
 weights, not the order of the text: the spread does not hold what another order would add. With --steps on the kindergarten's text stay below
@@ -29,52 +29,56 @@ OPTIMIZER = dict(polar_express=dict(quintics="polar_express"), normuon=dict(line
 VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | OPTIMIZER | {"modern": dict(recipe="modern")}
 
 
-def step_seconds(trainer: Trainer) -> float:
-    "Median time of ten further steps, which leave the weights as they are"
-    clock, times = time.process_time if trainer.compute.device.type == "cpu" else time.perf_counter, []
-    for _ in range(10):
-        start = clock()
-        trainer.train_step(0.0)
-        times.append(clock() - start)
-    return statistics.median(times)
-
-
-def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> dict: # options: of the stage base
-    "Train one model and measure it, or take the result of an earlier call with the same options"
-    file, settings = ("ablation", f"{name}_{seed}.json"), options | dict(fields=fields, seed=seed)
-    if run.path(*file).exists() and (known := run.read_json(*file))["settings"] == settings: return known
+def new_trainer(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> Trainer: # options: of the stage base
+    "A new model with these fields, ready to be trained"
     tokenizer, shape = Tokenizer.load(run.path("tokenizer")), (options["batch_size"], options["sequence_len"])
     torch.manual_seed(seed)
-    torch._dynamo.reset()  # it gives up compiling after eight models of one class
     overrides = {key: value for key, value in fields.items() if key != "recipe"}
     chosen, rates, schedule = pretrain.choose_fields(fields.get("recipe", "classic"), overrides, **{key: options[key] for key in pretrain.CLASSIC})
     model = pretrain.new_model(tokenizer, compute, options["depth"], options["n_embd"], options["n_head"], options["sequence_len"], **chosen)
-    stage = f"ablation_{name}_{seed}"
-    shutil.rmtree(run.path(stage), ignore_errors=True)
-    trainer = Trainer(model, make_optimizers(model, **rates), DocumentLoader(corpus_sources(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, stage, tokenizer,
-                      options["steps"], 0.0, accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
+    return Trainer(model, make_optimizers(model, **rates), DocumentLoader(corpus_sources(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, f"ablation_{name}_{seed}",
+                   tokenizer, options["steps"], 0.0, accumulation_steps(options["total_batch_size"], *shape), schedule, compile=options["compile"], log_every=10**9)
+
+
+def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> dict:
+    "Train one model and measure it, or take the result of an earlier call with the same options"
+    file, settings = ("ablation", f"{name}_{seed}.json"), options | dict(fields=fields, seed=seed)
+    if run.path(*file).exists() and (known := run.read_json(*file))["settings"] == settings: return known
+    torch._dynamo.reset()  # it gives up compiling after eight models of one class
+    trainer = new_trainer(run, compute, options, name, fields, seed)
+    shutil.rmtree(run.path(trainer.stage), ignore_errors=True)
     trainer.fit()
+    model = trainer.model.eval()
     result = dict(settings=settings, steps=trainer.step, tokens=trainer.tokens, params=model.num_params(), flops_per_token=model.flops_per_token(),
-                  bpb=pretrain.validation_bits_per_byte(model.eval(), run, tokenizer, compute, *shape, options["eval_tokens"]))
-    model.train()
-    result["step_seconds"] = step_seconds(trainer)
+                  bpb=pretrain.validation_bits_per_byte(model, run, trainer.tokenizer, compute, options["batch_size"], options["sequence_len"], options["eval_tokens"]))
     run.write_json(result, *file)
-    shutil.rmtree(run.path(stage))
+    shutil.rmtree(run.path(trainer.stage))
     return result
 
 
-def show(name: str, results: list[dict], base: list[dict]) -> str: # results and base: one for each seed
+def step_ratio(run: Run, compute: Compute, options: dict, name: str, pairs: int = 15) -> float: # against the classic model
+    "How many times as long a step takes: the median of pairs of steps, one right after the other; kept like a result"
+    file, settings = ("ablation", f"{name}_step_ratio.json"), options | dict(fields=VARIANTS[name], pairs=pairs)
+    if run.path(*file).exists() and (known := run.read_json(*file))["settings"] == settings: return known["ratio"]
+    torch._dynamo.reset()
+    trainers, times = [new_trainer(run, compute, options, each, VARIANTS[each], 0) for each in ("classic", name)], ([], [])
+    for _ in range(3 + pairs):
+        for trainer, taken in zip(trainers, times):
+            start = time.perf_counter()
+            trainer.train_step(1.0)
+            taken.append(time.perf_counter() - start)
+    result = dict(settings=settings, ratio=statistics.median(other / classic for classic, other in list(zip(*times))[3:]))  # the first steps compile
+    run.write_json(result, *file)
+    return result["ratio"]
+
+
+def show(name: str, results: list[dict], base: list[dict], ratio: float) -> str: # results and base: one for each seed; ratio: of the step's time
     "One line of the table"
     bpb, [first, *_] = [r["bpb"] for r in results], results
     gains = [r["bpb"] - b["bpb"] for r, b in zip(results, base)]
     gain = "" if results is base else f"{statistics.mean(gains):+.4f}" + (f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.4f}" if len(gains) > 1 else "")
     return (f"{name:<18}{statistics.mean(bpb):.4f} ({min(bpb):.4f} to {max(bpb):.4f})   {gain:<20}{first['params'] / 1e6:>10.2f}"
-            f"{first['flops_per_token'] / base[0]['flops_per_token']:>12.2f}{first['tokens'] / 1e6:>10.2f}{pace(results) / pace(base):>10.2f}")
-
-
-def pace(results: list[dict]) -> float: # seconds
-    "Time of a step, over all seeds"
-    return statistics.median(result["step_seconds"] for result in results)
+            f"{first['flops_per_token'] / base[0]['flops_per_token']:>12.2f}{first['tokens'] / 1e6:>10.2f}{ratio:>10.2f}")
 
 
 if __name__ == "__main__":
@@ -100,18 +104,18 @@ if __name__ == "__main__":
     for turn, seed in enumerate(args.seeds):
         for name in names[turn:] + names[:turn]:  # each seed begins with another model, so that none always runs on a warmer machine
             results[name].append(train(run, compute, options, name, VARIANTS[name], seed))
-            print(f"seed {seed}, {name}: {results[name][-1]['bpb']:.4f} bits per byte, {results[name][-1]['step_seconds']:.3f} s a step", flush=True)
-    for name in names:
-        ratio = pace(results[name]) / pace(results["classic"])
+            print(f"seed {seed}, {name}: {results[name][-1]['bpb']:.4f} bits per byte", flush=True)
+    ratios = {name: 1.0 if name == "classic" else step_ratio(run, compute, options, name) for name in names}
+    for name, ratio in ratios.items():
         if abs(ratio - 1) < 0.02: continue
         fitting = options | dict(steps=round(options["steps"] / ratio))
         same_time[name] = [train(run, compute, fitting, f"{name}_same_time", VARIANTS[name], seed) for seed in args.seeds]
         print(f"{name}, {fitting['steps']} steps: {statistics.mean(r['bpb'] for r in same_time[name]):.4f} bits per byte", flush=True)
     for title, table in {"the same tokens": results, "the same time": same_time}.items():
         print(f"\n{title:<18}{'bits per byte':<29}{'against classic':<20}{'weights, M':>10}{'operations':>12}{'tokens, M':>10}{'step time':>10}")
-        for name in table: print(show(name, table[name], results["classic"]))
+        for name in table: print(show(name, table[name], results["classic"], ratios[name]))
     if args.record:
         def bare(table): return {name: [{k: v for k, v in r.items() if k != "settings"} for r in rows] for name, rows in table.items()}
         record = dict(profile=args.profile, corpus=run.info["corpus"], seeds=args.seeds, options=options, machine=run.info.get("machine"), git=run.info.get("git"), torch=torch.__version__, python=platform.python_version(),
-                      device=str(compute.device), dtype=str(compute.dtype)[6:], threads=torch.get_num_threads(), results=bare(results), same_time=bare(same_time))
+                      device=str(compute.device), dtype=str(compute.dtype)[6:], threads=torch.get_num_threads(), step_ratios=ratios, results=bare(results), same_time=bare(same_time))
         Path(args.record).write_text(json.dumps(record, indent=1) + "\n")

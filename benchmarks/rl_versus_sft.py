@@ -2,13 +2,14 @@
 
 python benchmarks/rl_versus_sft.py --run kindergarten
 """
-import argparse, json, math, shutil
+import argparse, json, shutil
 from functools import partial
 
 from nanochat.checkpoint import load_model
 from nanochat.common import Run, compute_init
 from nanochat.dataloader import ConversationLoader
 from nanochat.engine import Engine
+from nanochat.evaluate import paired_difference
 from nanochat.muon import lr_multiplier, make_optimizers
 from nanochat.tasks import load_task, sft_mixture
 from nanochat.train import Trainer
@@ -37,10 +38,9 @@ def solved(model, tokenizer, task, problems: list, max_tokens: int) -> list[bool
 
 def compared(verdicts: list[bool], before: list[bool]) -> dict:
     "The gain over the same problems before: only those whose verdict changed tell anything (the standard error of paired differences, as in McNemar's test)"
-    count, fixed, broken = len(verdicts), sum(v > b for v, b in zip(verdicts, before)), sum(v < b for v, b in zip(verdicts, before))
-    gain = (fixed - broken) / count
-    error = math.sqrt((fixed + broken) / count - gain ** 2) / math.sqrt(count)
-    return dict(solved=sum(verdicts) / count, gain=gain, error=error, fixed=fixed, broken=broken, z=gain / error if error else 0.0)
+    fixed, broken = sum(v > b for v, b in zip(verdicts, before)), sum(v < b for v, b in zip(verdicts, before))
+    gain, error = paired_difference(verdicts, before)
+    return dict(solved=sum(verdicts) / len(verdicts), gain=gain, error=error, fixed=fixed, broken=broken, z=gain / error if error else 0.0)
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ class RowStream:
             self.buffered += len(piece[-1])
         return self.buffered
 
-    def peek(self, count: int) -> np.ndarray:
+    def peek(self, count: int) -> np.ndarray:  # (count,) int64
         "The next `count` token ids, or as many as there are, without taking them."
         parts, start = [], self.offset
         for *_, ids in self.pieces:
             parts.append(ids[start:start + count])
             count, start = count - len(parts[-1]), 0
             if count == 0: break
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=np.int64)  # joins and widens in one pass
 
     def advance(self, count: int):
         "Drop `count` tokens from the front."
@@ -222,15 +222,15 @@ def next_batch(self: DocumentLoader) -> Batch:
     mine, count = (self.rank if self.split == 'rows' else 0), self.batch_size*shared
     T = self.sequence_len
     if self.packing == 'best_fit':
-        rows = torch.from_numpy(np.stack([self.stream.next_row() for _ in range(count)]).view(np.int32))
+        rows = torch.from_numpy(np.stack([self.stream.next_row() for _ in range(count)], dtype=np.int64))
         inputs, targets = rows[:, :-1], rows[:, 1:]
     else:
         self.stream.fill(count*T + 1)
         ids = self.stream.peek(count*T + 1)
         self.stream.advance(count*T)
-        inputs, targets = cut_rows(torch.from_numpy(ids.view(np.int32)), T)
+        inputs, targets = cut_rows(torch.from_numpy(ids), T)
     self.rows += count
-    return Batch(*(deal(part, mine, shared).long() for part in (inputs, targets))).to(self.device)
+    return Batch(*(deal(part, mine, shared).contiguous() for part in (inputs, targets))).to(self.device)
 
 @patch(as_prop=True)
 def place(self: DocumentLoader) -> Place:

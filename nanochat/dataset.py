@@ -55,7 +55,7 @@ def open_shard(path: Path, column: str = 'text') -> pq.ParquetFile:
 def read_row_group(shard: pq.ParquetFile, path: Path, i: int, column: str = 'text') -> pa.Array:  # of strings
     "The documents of row group `i`; damaged pages become one line that names the file. A null is an empty document."
     try:
-        texts = shard.read_row_group(i, columns=[column]).column(column).combine_chunks()
+        texts = shard.read_row_group(i, columns=[column], use_threads=False).column(column).combine_chunks()
         texts.validate(full=True)  # parquet takes any bytes for a text
     except (pa.ArrowException, OSError) as error:
         raise NanochatError(f"shard {path} is damaged in row group {i} ({str(error).splitlines()[0][:80]}); delete it and run the dataset stage again") from None

@@ -18,6 +18,7 @@ from .common import Compute, NanochatError, Run, print0, stage
 from .dataloader import Batch
 from .engine import Engine
 from .muon import lr_multiplier, make_optimizers
+from .sft import share_rows
 from .tasks import load_task
 from .train import Trainer, count_supervised, cut_batch
 
@@ -54,7 +55,7 @@ class RolloutLoader:
         compute: Compute,
         examples_per_step: int, # problems of a step, over all processes
         num_samples: int, # G, tries at each
-        batch_size: int, # B, rows of a micro-batch
+        batch_size: int, # B, rows of a micro-batch, at most
         sequence_len: int, # T, tokens in a row; longer samples are cut; 0: the model's
         max_tokens: int, # tokens of one sample
         temperature: float = 1.0, # of sampling
@@ -66,17 +67,12 @@ class RolloutLoader:
         self.model, self.tokenizer, self.task, self.compute = model, tokenizer, task, compute
         self.by_deviation, self.resample = by_deviation, resample
         self.keep_all = False # whether rows with advantage 0 keep their targets
-        self.examples, self.num_samples, self.batch_size, self.sequence_len = examples_per_step // compute.world_size, num_samples, batch_size, sequence_len or model.config.sequence_len
+        self.examples, self.num_samples, self.sequence_len = examples_per_step // compute.world_size, num_samples, sequence_len or model.config.sequence_len
         self.max_tokens, self.temperature, self.top_k, self.seed = max_tokens, temperature, top_k, seed
-        if examples_per_step % compute.world_size or self.examples * num_samples % batch_size:
-            raise NanochatError(f"examples_per_step {examples_per_step} × {num_samples} samples: not a multiple of {batch_size} rows × {compute.world_size} processes; change batch_size")
+        if examples_per_step % compute.world_size: raise NanochatError(f"examples_per_step {examples_per_step}: not a multiple of {compute.world_size} processes, and a group is never divided; change examples_per_step")
+        self.batch_size, self.micro_batches = share_rows(examples_per_step * num_samples, batch_size, compute.world_size, f"examples_per_step {examples_per_step} × {num_samples} samples")
         if resample < 0: raise NanochatError(f"resample {resample}: a number of rounds cannot be negative; 0 switches it off")
         self.step, self.drawn, self.waiting, self.metrics = 0, 0, [], {} # drawn: problems of this process so far
-
-    @property
-    def micro_batches(self) -> int:
-        "Micro-batches of one step and process"
-        return self.examples * self.num_samples // self.batch_size
 
     def state_dict(self) -> dict: return dict(kind="rollouts", step=self.step, seed=self.seed, problems=self.drawn * self.compute.world_size)
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['exercises', 'SENTENCE', 'locate', 'library', 'tensor_difference', 'difference', 'Mutant', 'mutated', 'OutOfTime',
-           'time_limit', 'Outcome', 'attempt', 'Habit', 'Exercise', 'exercise', 'find_exercise', 'CheckFailed', 'card',
-           'Verdict', 'short', 'show_call', 'trial', 'explained_by', 'diagnose', 'call_problem', 'examine', 'gradients',
-           'examine_more', 'progress', 'remember', 'check', 'chosen', 'audit', 'catches', 'catch_chart', 'swap',
-           'has_front_end', 'Twin', 'live_page', 'pages_html', 'printable', 'chip', 'chips', 'TokenStrip',
-           'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'random_pieces', 'train_little',
-           'Zoo', 'Picture', 'curve_picture', 'zoo_cell', 'Fuel', 'duration', 'fuel_gauge', 'machine', 'Band', 'expect',
-           'Story', 'story', 'lesson_text', 'solution', 'folded', 'stale_solutions', 'sync_solutions']
+           'time_limit', 'Outcome', 'attempt', 'Habit', 'Exercise', 'exercise', 'find_exercise', 'random_tensors',
+           'CheckFailed', 'card', 'Verdict', 'short', 'show_call', 'trial', 'explained_by', 'diagnose', 'call_problem',
+           'examine', 'gradients', 'examine_more', 'progress', 'remember', 'check', 'chosen', 'audit', 'catches',
+           'catch_chart', 'swap', 'has_front_end', 'Twin', 'live_page', 'pages_html', 'printable', 'chip', 'chips',
+           'TokenStrip', 'single_bytes', 'Prediction', 'predict', 'Answer', 'reveal', 'calibration', 'random_pieces',
+           'train_little', 'Zoo', 'Picture', 'curve_picture', 'zoo_cell', 'Fuel', 'duration', 'fuel_gauge', 'machine',
+           'Band', 'expect', 'Story', 'story', 'lesson_text', 'solution', 'folded', 'stale_solutions', 'sync_solutions']
 
 # %% ../nbs/24_lesson.ipynb #09d99e83
 import copy, hashlib, html, importlib, inspect, json, math, os, platform, random, re, signal, sys, textwrap, threading, time, types
@@ -182,6 +182,12 @@ def find_exercise(function: Callable, name: str | None = None) -> Exercise:
     fits = [name] if name else [n for n in exercises if n.split('.')[-1] == getattr(function, '__name__', '')]
     if len(fits) == 1 and fits[0] in exercises: return exercises[fits[0]]
     raise NanochatError(f"no exercise for {name or getattr(function, '__name__', function)!r}; the exercises are {', '.join(sorted(exercises)) or 'in the modules of the lessons: import one'}")
+
+# %% ../nbs/24_lesson.ipynb #b26ff6cb
+def random_tensors(rng: random.Random): # the generator of the check's inputs
+    "A torch generator, for `torch.randn` and its like, that follows from a check's seed"
+    import torch
+    return torch.Generator().manual_seed(rng.randrange(2**31))
 
 # %% ../nbs/24_lesson.ipynb #63a891e9
 class CheckFailed(AssertionError):

@@ -11,7 +11,7 @@ __all__ = ['visible_cases', 'simple_attend', 'attend_cases', 'attend_big', 'rota
 import html, math, random
 from collections.abc import Iterator
 
-from .lesson import Habit, Mutant, Picture, Twin, difference, exercise, library, live_page, locate, pages_html, printable, swap
+from .lesson import Habit, Mutant, Picture, Twin, difference, exercise, library, live_page, locate, pages_html, printable, random_tensors, swap
 
 # %% ../nbs/26_lesson_attention.ipynb #f7534c5e
 def visible_cases(rng: random.Random) -> Iterator[tuple]:
@@ -63,7 +63,7 @@ def simple_attend(q, # (B, H, T, D) queries
 def attend_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for attend: queries, keys and values, (B, H, T, D)"
     import torch
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     yield tuple(torch.tensor(rows)[None, None] for rows in ([[1., 0.], [0., 2.], [1., 1.]], [[1., 0.], [0., 1.], [1., 1.]], [[10., 0.], [0., 10.], [5., 5.]]))
     for shape in (1, 1, 1, 4), (1, 1, 3, 4), (1, 2, 5, 8), (2, 3, 7, 4): yield tuple(torch.randn(3, *shape, generator=make))
     yield tuple(torch.randn(3, 2, 2, 6, 16, generator=make, dtype=torch.float64))
@@ -115,7 +115,7 @@ exercise('attention.rotary_tables', rotary_tables_cases, tolerance=1e-4,
 def apply_rotary_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for apply_rotary: x (B, T, H, D), and the tables (T, D/2) or (B, T, D/2)"
     import torch
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     tables = library('attention.rotary_tables')
     yield torch.tensor([1., 0.]).expand(1, 3, 1, 2), *tables(3, 2)
     for B, T, H, D in (1, 1, 1, 4), (1, 3, 1, 4), (1, 4, 2, 8), (2, 3, 3, 6): yield torch.randn(B, T, H, D, generator=make), *tables(T, D)
@@ -149,7 +149,7 @@ exercise('attention.apply_rotary', apply_rotary_cases, gradients=True,
 def norm_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for norm"
     import torch
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     yield torch.tensor([3., 4.]),
     yield torch.zeros(2, 3),
     for shape in (2, 4), (3, 2, 8), (2, 5, 3, 6): yield 1 + 3 * torch.randn(*shape, generator=make),

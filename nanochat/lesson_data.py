@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .dataloader import RowStream, best_fit
-from .lesson import Habit, Mutant, Twin, chosen, exercise, live_page, pages_html, swap
+from .lesson import Habit, Mutant, Twin, chosen, exercise, live_page, pages_html, random_tensors, swap
 from .tokenizer import Tokenizer
 
 # %% ../nbs/33_lesson_data.ipynb #818fa5ea
@@ -55,13 +55,9 @@ exercise('lesson_data.one_stream', one_stream_cases,
         Mutant('last one only', 'stream += ', 'stream = ', 'Only the last document is left: you make a new list each time. Add to the one that is there, with +=.')))
 
 # %% ../nbs/33_lesson_data.ipynb #15f94715
-def _random(rng: random.Random) -> torch.Generator:
-    "Tensors that depend on the check's seed"
-    return torch.Generator().manual_seed(rng.randrange(2**31))
-
 def cut_rows_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for cut_rows: N·T + 1 token ids, and T"
-    make = _random(rng)
+    make = random_tensors(rng)
     for count, T in (1, 3), (2, 3), (3, 2), (4, 1), (1, 5): yield torch.arange(10, 11 + count * T), T
     for count, T in (3, 4), (5, 8): yield torch.randint(500, (count * T + 1,), generator=make), T
 
@@ -99,7 +95,7 @@ exercise('dataloader.best_fit', best_fit_cases,
 # %% ../nbs/33_lesson_data.ipynb #030c56de
 def deal_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for deal: rows of all processes, a rank, how many processes"
-    make = _random(rng)
+    make = random_tensors(rng)
     for rank, world_size, each in (0, 1, 3), (0, 2, 1), (1, 2, 1), (0, 2, 2), (1, 2, 2), (2, 3, 2), (1, 4, 3):
         yield torch.arange(2 * world_size * each).view(-1, 2), rank, world_size
     for world_size in 3, 5: yield torch.randint(500, (4 * world_size, 6), generator=make), rng.randrange(world_size), world_size

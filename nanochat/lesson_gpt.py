@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import norm, rotary_tables
 from .gpt import GPT, GPTConfig, MLP
-from .lesson import Habit, Mutant, Twin, difference, exercise, pages_html, printable
+from .lesson import Habit, Mutant, Twin, difference, exercise, pages_html, printable, random_tensors
 
 # %% ../nbs/27_lesson_gpt.ipynb #4738a0e0
 def labelled(module: nn.Module,
@@ -63,7 +63,7 @@ def mlp_cases(rng: random.Random) -> Iterator[tuple]:
     by_hand.c_fc.weight.copy_(torch.tensor([[1.], [-1.], [2.], [.5]]))
     by_hand.c_proj.weight.fill_(1)
     yield by_hand, torch.tensor([[[2.]]])
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     for shape in (1, 1, 2), (1, 3, 4), (2, 5, 8): yield small_mlp(rng.randrange(2**31), shape[-1]), torch.randn(*shape, generator=make)
 
 # %% ../nbs/27_lesson_gpt.ipynb #0399064b
@@ -81,7 +81,7 @@ exercise('gpt.MLP.forward', mlp_cases, gradients=True, tolerance=1e-4,
 # %% ../nbs/27_lesson_gpt.ipynb #5f47cd4e
 def block_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for Block.forward: a block, the stream (B, T, C), and the rotary tables"
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     for B, T, C in (1, 1, 4), (1, 3, 4), (2, 5, 8), (1, 8, 12):
         block = labelled(toy_model(rng.randrange(2**31), n_embd=C).transformer.h[0], f'<a block: C={C}>')
         yield block, 2 * torch.randn(B, T, C, generator=make), *rotary_tables(T, C // 2)
@@ -125,7 +125,7 @@ def simple_hidden(self: GPT,
 def hidden_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for GPT.hidden: a model, and ids (B, T)"
     yield toy_model(rng.randrange(2**31)), torch.tensor([[2]])
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     for L, B, T in (1, 1, 3), (2, 1, 4), (3, 2, 6): yield toy_model(rng.randrange(2**31), n_layer=L, n_embd=8), torch.randint(6, (B, T), generator=make)
 
 # %% ../nbs/27_lesson_gpt.ipynb #d04d03c7
@@ -151,7 +151,7 @@ def logits_cases(rng: random.Random) -> Iterator[tuple]:
     by_hand = toy_model(0, n_embd=2, n_head=1, n_kv_head=1, vocab_size=3)
     by_hand.lm_head.weight.copy_(torch.tensor([[1., 0.], [10., 0.], [-100., 0.]]))
     yield by_hand, torch.tensor([[[1., 0.]]])
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     for parts in dict(softcap=5.0), dict(softcap=0.0), dict(), dict(compute_dtype=torch.bfloat16):
         model = toy_model(rng.randrange(2**31), n_embd=8, vocab_size=9, **parts)
         yield model, (4 * torch.randn(2, 3, 8, generator=make)).to(model.compute_dtype)
@@ -185,7 +185,7 @@ def token_nll_cases(rng: random.Random) -> Iterator[tuple]:
     by_hand.lm_head.weight.copy_(torch.tensor([[1., 0.], [2., 0.], [0., 3.]]))
     yield by_hand, torch.tensor([[[1., 0.]]]), torch.tensor([[1]])
     yield by_hand, torch.tensor([[[1., 0.], [0., 1.]]]), torch.tensor([[1, -1]])
-    make = torch.Generator().manual_seed(rng.randrange(2**31))
+    make = random_tensors(rng)
     for B, T in (1, 6), (3, 4): yield toy_model(rng.randrange(2**31)), torch.randn(B, T, 4, generator=make), torch.randint(-1, 6, (B, T), generator=make)
 
 # %% ../nbs/27_lesson_gpt.ipynb #dcf7556a

@@ -18,18 +18,14 @@ from .common import Compute
 from .engine import Engine
 from .gpt import GPT, GPTConfig
 from .grpo import PolicyTrainer, RolloutLoader, advantages, agrees
-from .lesson import SENTENCE, Habit, Mutant, Twin, exercise, live_page, pages_html
+from .lesson import SENTENCE, Habit, Mutant, Twin, exercise, live_page, pages_html, random_tensors
 from .muon import lr_multiplier, make_optimizers
 from .tokenizer import Tokenizer
 
 # %% ../nbs/31_lesson_grpo.ipynb #f43b8beb
-def _random(rng: random.Random) -> torch.Generator:
-    "Tensors that depend on the check's seed"
-    return torch.Generator().manual_seed(rng.randrange(2**31))
-
 def advantages_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for advantages: rewards, a row for each group"
-    make = _random(rng)
+    make = random_tensors(rng)
     for rows in ([[1., 0., 0., 0.]], [[1., 1., 1., 1.]], [[1., 0.], [1., 1.]], [[1., 0., 0.], [1., 1., 0.]], [[-1., 0.], [3., 0.], [0., 0.5]]): yield torch.tensor(rows),
     for shape in (4, 4), (3, 8): yield torch.randint(2, shape, generator=make).float(),
     yield torch.randn(5, 6, generator=make, dtype=torch.float64),
@@ -95,7 +91,7 @@ exercise('grpo.rollout_row', rollout_row_cases,
 # %% ../nbs/31_lesson_grpo.ipynb #fdc9ef05
 def token_weights_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for token_weights: −log p now, −log p when sampled, advantages; no ratio lies at a border of the clip"
-    make = _random(rng)
+    make = random_tensors(rng)
     for ratio in (1., 1.5, 0.5):
         for gain in (0.5, -0.5): yield torch.ones(1, 1) - torch.tensor([[ratio]]).log(), torch.ones(1, 1), torch.tensor([[gain]])
     yield torch.tensor([[1., 2., 0.1]]), torch.tensor([[1.1, 1., 2.]]), torch.zeros(1, 3)
@@ -118,7 +114,7 @@ exercise('grpo.token_weights', token_weights_cases,
 
 def k3_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for k3: −log p now, and the same of the reference model"
-    make = _random(rng)
+    make = random_tensors(rng)
     for now, anchor in (1., 1.), (1., 2.), (2., 1.): yield torch.tensor([now]), torch.tensor([anchor])
     yield 3 * torch.rand(2, 5, generator=make), 3 * torch.rand(2, 5, generator=make)
 

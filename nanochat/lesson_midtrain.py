@@ -181,6 +181,7 @@ def two_lists(value) -> list: # [] if it is not a pair of lists of numbers
     try: return [[int(i) for i in part] for part in value] if len(value) == 2 else []
     except TypeError: return []
 
+# %% ../nbs/36_lesson_midtrain.ipynb #45d5cdf7
 _shuffle = 'permutation(sum(sizes), seed)'
 exercise('tasks.mixed_order', order_cases,
     mutants=(

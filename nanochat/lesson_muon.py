@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .gpt import GPT
-from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html, train_little
+from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html, random_tensors, train_little
 from .muon import QUINTICS, Schedule, lr_multiplier, newton_schulz, set_rates, step_together
 
 # %% ../nbs/28_lesson_muon.ipynb #8c6a2977
@@ -108,13 +108,9 @@ def best_rate(
     return min(rates, key=end)
 
 # %% ../nbs/28_lesson_muon.ipynb #e49db53a
-def _random(rng: random.Random) -> torch.Generator:
-    "Tensors that depend on the check's seed"
-    return torch.Generator().manual_seed(rng.randrange(2**31))
-
 def nesterov_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for nesterov: gradient, mean, and how much of the mean stays"
-    make = _random(rng)
+    make = random_tensors(rng)
     yield torch.tensor([1.]), torch.tensor([0.]), 0.5
     yield torch.tensor([-1.]), torch.tensor([0.5]), 0.5
     for shape, keep in (((3,), 0.9), ((2, 4), 0.95)): yield torch.randn(shape, generator=make), torch.randn(shape, generator=make), keep
@@ -133,7 +129,7 @@ exercise('lesson_muon.nesterov', nesterov_cases,
 # %% ../nbs/28_lesson_muon.ipynb #343c5e19
 def adam_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for adam: gradient, mean, square, step, betas"
-    make = _random(rng)
+    make = random_tensors(rng)
     zero = torch.zeros(2)
     yield torch.tensor([3., -0.01]), zero, zero, 1, (0.9, 0.99)
     yield torch.tensor([3., 0.]), zero, zero, 1, (0.9, 0.99)
@@ -160,7 +156,7 @@ exercise('lesson_muon.adam', adam_cases,
 # %% ../nbs/28_lesson_muon.ipynb #4a44083b
 def newton_schulz_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for newton_schulz: a matrix, or a stack of them, none with a direction so weak that bfloat16 loses it"
-    make = _random(rng)
+    make = random_tensors(rng)
     def matrix(*shape):
         U, S, Vh = torch.linalg.svd(torch.randn(shape, generator=make), full_matrices=False)
         return U * torch.linspace(1, 0.3, S.size(-1)) @ Vh
@@ -173,7 +169,7 @@ def newton_schulz_cases(rng: random.Random) -> Iterator[tuple]:
 
 _length = 'G.norm(dim=(-2, -1), keepdim=True)'
 _simple = 'lesson_muon.simple_newton_schulz'
-exercise('muon.newton_schulz', newton_schulz_cases, tolerance=0.12, big=lambda rng: (torch.randn(8, 128, 256, generator=_random(rng)),), factor=100.0,
+exercise('muon.newton_schulz', newton_schulz_cases, tolerance=0.12, big=lambda rng: (torch.randn(8, 128, 256, generator=random_tensors(rng)),), factor=100.0,
     mutants=(
         Mutant('length of the stack', _length, 'G.norm()', 'You divide by the length of the whole stack. Each matrix has its own: G.norm(dim=(-2, -1), keepdim=True).', of=_simple),
         Mutant('nothing under zero', ' + 1e-7', '', 'A matrix of zeros becomes NaN: 0 divided by 0. Add a very small number, 1e-7, to the length. (In the first step of training half of the matrices have the gradient zero.)', of=_simple),

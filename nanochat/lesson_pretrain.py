@@ -23,7 +23,7 @@ from .common import Compute, NanochatError, Run
 from .core import bits_per_byte
 from .dataloader import Batch
 from .gpt import GPT, GPTConfig
-from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html
+from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html, random_tensors
 from .muon import Schedule, make_optimizers, set_rates, step_together
 from .report import round_ticks, thin
 from .tokenizer import Tokenizer
@@ -49,6 +49,7 @@ class Downhill:
         for weight in self.weights: weight.grad = None
     def __repr__(self) -> str: return f'<gradient descent, rate {self.rate:g}>'
 
+# %% ../nbs/34_lesson_pretrain.ipynb #96a32fef
 class Labelled(list):
     "A list that says in a few words what is in it"
     label = ''
@@ -72,6 +73,7 @@ def simple_bits_per_byte(model, batches, token_bytes, compute) -> float:
         size += length.sum().item()
     return nats / (math.log(2) * size)
 
+# %% ../nbs/34_lesson_pretrain.ipynb #4173bb66
 @dataclass
 class Surprises:
     "A model that is surprised by each token in a fixed way"
@@ -131,10 +133,11 @@ def training_loop(
         losses.append(loss)
     return losses
 
+# %% ../nbs/34_lesson_pretrain.ipynb #23fe0e4e
 def training_loop_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for training_loop: a model, an optimizer, and the pieces of each step"
     def case(vocab_size, rate, sizes, length):
-        make = torch.Generator().manual_seed(rng.randrange(2**31))
+        make = random_tensors(rng)
         steps = [[torch.randint(vocab_size, (rows, length + 1), generator=make) for rows in pieces] for pieces in sizes]
         model, shown = Bigram(vocab_size), ', '.join(' + '.join(map(str, pieces)) for pieces in sizes)
         return model, Downhill(model, rate), labelled(steps, f'<{len(sizes)} step{"s" * (len(sizes) > 1)} of {shown} rows>')
@@ -262,6 +265,7 @@ def watch_gradients(model: nn.Module, loader: TokenLoader):
         loader.metrics['grad_norm'] = sum(squares.values())**0.5
     for parameter in model.parameters(): parameter.register_post_accumulate_grad_hook(seen)
 
+# %% ../nbs/34_lesson_pretrain.ipynb #00aa5777
 class Together:
     "Several optimizers as one thing with step() and zero_grad()"
     def __init__(self, optimizers: list): self.optimizers = optimizers

@@ -156,6 +156,7 @@ class OneProcess(Compute):
     "A CPU, alone"
     def __repr__(self) -> str: return 'compute'
 
+# %% ../nbs/37_lesson_sft.ipynb #132cffbc
 def mean_loss_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for mean_loss: a model with known losses, micro-batches, where to compute, and how many of them to take"
     alone = OneProcess(torch.device('cpu'), torch.float32)

@@ -182,6 +182,7 @@ def simple_share(
     rows = max(1, min(batch_size, total_batch_size // (sequence_len * world_size)))
     return rows, total_batch_size // (rows * sequence_len * world_size)
 
+# %% ../nbs/39_lesson_speedrun.ipynb #0e1fc2d9
 def share_cases(rng: random.Random) -> Iterator[tuple]:
     "Inputs for share_batch: tokens of a step, rows that fit, row length, processes"
     yield from ((32, 4, 8, 1), (64, 4, 8, 1), (64, 4, 8, 2), (64, 8, 8, 2), (16, 8, 8, 2), (2**19, 32, 2048, 8), (2**19, 32, 2048, 2), (2**19, 32, 2048, 16))
@@ -282,6 +283,7 @@ def largest_batch(depth: int, gpus: int, memory: float = 80e9) -> int: # memory:
     "The largest power of two of rows, at most 64, with which pretraining fits into memory"
     return next((rows for rows in (64, 32, 16, 8, 4, 2, 1) if sum(napkin_memory(depth, rows, gpus).values()) <= memory), 0)
 
+# %% ../nbs/39_lesson_speedrun.ipynb #f35667df
 def budget(
     depth: int, # L
     gpus: int, # a power of two
@@ -341,6 +343,7 @@ def record(name: str) -> dict: # name of a file in runs_recorded, without .json
     "A recorded run"
     return json.loads((course_folder() / 'runs_recorded' / f'{name}.json').read_text())
 
+# %% ../nbs/39_lesson_speedrun.ipynb #64734c37
 def stage_snapshots(run: Run, # a complete run
     question: str,
     device: str = 'cpu',

@@ -1,7 +1,6 @@
 "Lesson 10: its short forms are the engine's, its checks name a beginner's mistakes, a learner's functions reach the engine, and its widgets show what was measured."
 import random
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +12,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.lesson_engine import GOLDEN, CacheFill, HalfFull, SamplingDials, noise, scatter, set_dials, simple_update, simple_walk
 from nanochat.tokenizer import Tokenizer
 
-LESSON = Path(__file__).parent.parent / 'lessons' / '10_engine.ipynb'
 EXERCISES = ['attention.KVCache.update', 'engine.odds', 'engine.walk', 'engine.penalise', 'lesson_engine.noise']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress goes to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 @pytest.fixture(scope='module')
@@ -93,11 +85,9 @@ WRONG = {   # mistakes as a learner writes them
 
 
 @pytest.mark.parametrize('kind', WRONG)
-def test_usual_mistakes_are_named(kind):
+def test_usual_mistakes_are_named(kind, refused):
     name, mistake, function = WRONG[kind]
-    verdict = lesson.check(function, name)
-    assert not verdict.passed and verdict.mistake == mistake, repr(verdict)
-    assert '0x' not in repr(verdict)   # a cache is shown by what it holds
+    refused(function, name, mistake)
 
 
 def loop_odds(scores, best, dials):
@@ -127,25 +117,26 @@ def test_other_right_ways_pass(kind):
     assert lesson.check(function, name, strict=True).passed
 
 
+@pytest.mark.parametrize('name', EXERCISES)
+def test_inputs_of_a_check_are_the_same_for_the_same_seed(name):
+    one, two = (list(lesson.exercises[name].cases(random.Random(4))) for _ in range(2))
+    shown = lambda cases: [lesson.show_call(name, arguments) for arguments in cases]
+    assert shown(one) == shown(two)
+
+
 # --- in the engine ---------------------------------------------------------------------------------------------------
 
-def test_learners_functions_reach_the_engine_and_leave_it_again(tok, model, monkeypatch):
-    used = set()
-    def spy(name, function):
-        def seen(*arguments):
-            used.add(name)
-            return function(*arguments)
-        return seen
+def test_learners_functions_reach_the_engine_and_leave_it_again(tok, model, monkeypatch, spy):
     simple = {'attention.KVCache.update': simple_update, 'engine.walk': simple_walk}
-    monkeypatch.setattr(lesson, '_passed', {name: spy(name, simple.get(name, lesson.library(name))) for name in EXERCISES})
+    monkeypatch.setattr(lesson, '_passed', {name: spy.watched(name, simple.get(name)) for name in EXERCISES})
     prompts = [[tok.bos, *tok.encode(text)] for text in ('the cat', 'a', 'the mat sat on')]   # rows of different lengths
     def write(): return [[s.ids for s in group] for group in Engine(model, tok).generate(prompts, 2, 8, temperature=.8, top_k=20, repetition_penalty=1.2)]
     plain = write()
-    assert not used
+    assert not spy.used
     with lesson_engine.yours(): assert write() == plain
-    assert used == set(EXERCISES)
-    used.clear()
-    assert write() == plain and not used
+    assert spy.used == set(EXERCISES)
+    spy.used.clear()
+    assert write() == plain and not spy.used
 
 
 # --- widgets ---------------------------------------------------------------------------------------------------------
@@ -178,18 +169,3 @@ def test_sampling_dials_show_the_engines_chances_and_its_sliders_a_page():
 def test_widgets_show_any_token_as_text():
     pages = CacheFill(['<i>', '&'], 1, [1.], [1.]).static() + SamplingDials(torch.zeros(1), lambda i: b'<i>', lambda *setting: ['<i>'], ((1.0, 0, 1.0, 0.0),)).static()
     assert '<i>' not in pages and pages.count('&lt;i&gt;') == 4   # twice as boxes, as a bar, and in a text
-
-
-# --- the lesson ------------------------------------------------------------------------------------------------------
-
-def test_zoo_of_the_lesson_names_mutants_that_exist():
-    specimens = re.findall(r"'([\w.]+)/([\w ]+)'", LESSON.read_text().split('zoo = Zoo(')[1].split('\\n')[0])
-    assert len(specimens) >= 3
-    for name, label in specimens: assert label in [m.name for m in lesson.exercises[name].mutants]
-
-
-@pytest.mark.parametrize('name', EXERCISES)
-def test_inputs_of_a_check_are_the_same_for_the_same_seed(name):
-    one, two = (list(lesson.exercises[name].cases(random.Random(4))) for _ in range(2))
-    shown = lambda cases: [lesson.show_call(name, arguments) for arguments in cases]
-    assert shown(one) == shown(two)

@@ -4,25 +4,16 @@ import math
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat import core, lesson, lesson_muon, lesson_pretrain, train   # lesson_muon: knows the bugs of the schedule
+from nanochat import core, lesson, lesson_pretrain, train
 from nanochat.common import Run, compute_init
 from nanochat.lesson_pretrain import Bigram, LossBoard, TokenLoader, lanes_of, little_trainer, reading_steps, recorded, training_loop, value_at
 from nanochat.tokenizer import Tokenizer
 
-LESSON = Path(__file__).parent.parent / 'lessons' / '06_pretraining.ipynb'
-EXERCISES = ['core.bits_per_byte', 'lesson_pretrain.training_loop', 'train.count_supervised', 'train.smoothed', 'lesson_pretrain.bill']
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress and runs go to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 # --- exercises -------------------------------------------------------------------------------------------------------
@@ -73,11 +64,9 @@ WRONG = {  # a learner's mistake, in a way that is no change of the library's ow
 
 
 @pytest.mark.parametrize('kind', WRONG)
-def test_usual_mistakes_are_named(kind):
+def test_usual_mistakes_are_named(kind, refused):
     name, mistake, function = WRONG[kind]
-    verdict = lesson.check(function, name)
-    assert not verdict.passed and verdict.mistake == mistake, repr(verdict)
-    assert len(verdict.message) > 20 and 'tensor(' not in verdict.example.split('\n')[0]   # inputs are shown in one line each
+    refused(function, name, mistake)
 
 
 def masked(model, batches, token_bytes, compute):
@@ -193,17 +182,10 @@ def test_run_that_was_cut_ends_on_the_weights_of_one_that_was_not(world):
     assert all(torch.equal(p, q) for p, q in zip(straight.model.parameters(), again.model.parameters()))
 
 
-def test_learners_functions_reach_the_run(world):
-    used = set()
-    def spy(name):
-        function = lesson.library(name)
-        def seen(*arguments):
-            used.add(name)
-            return function(*arguments)
-        return lesson.swap(name, seen)
+def test_learners_functions_reach_the_run(world, spy):
     def losses(): return [m['loss'] for m in (lambda t: (t.fit(), t.run.metrics('base'))[1])(little(world, num_steps=3, grad_accum=2)) if 'loss' in m]
-    with spy('core.bits_per_byte'), spy('train.count_supervised'), spy('train.smoothed'): ours = losses()
-    assert used == {'core.bits_per_byte', 'train.count_supervised', 'train.smoothed'}
+    with spy.on('core.bits_per_byte', 'train.count_supervised', 'train.smoothed'): ours = losses()
+    assert spy.used == {'core.bits_per_byte', 'train.count_supervised', 'train.smoothed'}
     with lesson.swap('train.Trainer.learn', lesson_pretrain.learn_with(training_loop)): assert losses() == pytest.approx(ours, abs=1e-4)
     still = lesson_pretrain.learn_with(lambda model, optimizer, steps: [7.0])
     with lesson.swap('train.Trainer.learn', still): assert losses() == [7.0] * 3
@@ -281,13 +263,3 @@ def test_recorded_runs_are_what_the_lesson_says_of_them():
     ours = recorded('lesson_pretrain')
     assert len(ours['val_bpb']) == 3 and all(points[0][1] > 3.5 and points[-1][0] == 150 for points in ours['val_bpb'].values())
     with pytest.raises(lesson.NanochatError, match='clone'): recorded('none')
-
-
-# --- the lesson ------------------------------------------------------------------------------------------------------
-
-def test_zoo_of_the_lesson_names_mutants_that_exist():
-    source = LESSON.read_text().split('zoo = Zoo(')[1].split('\\n')[0]
-    specimens = [name.replace('_loop + ', '') for name in re.findall(r"(?:_loop \+ )?'[\w. /]+'", source)]
-    names = ['lesson_pretrain.training_loop/' + s.strip("'") if '/' not in s else s.strip("'") for s in specimens]
-    assert len(names) >= 3
-    for name, _, label in (n.partition('/') for n in names): assert label in [m.name for m in lesson.exercises[name].mutants]

@@ -23,13 +23,7 @@ for module in (ROOT / 'nanochat').glob('lesson_*.py'): importlib.import_module(f
 EXERCISES = sorted(lesson.exercises)
 MUTANTS = [(name, mutant) for name in EXERCISES for mutant in lesson.exercises[name].mutants]
 TIME_LIMIT = 90   # seconds of processor time for one lesson at the tiny scale, so that other work on the machine does not fail the test
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    "Progress and generated data go to a folder of the test's own"
-    monkeypatch.setenv('NANOCHAT_HOME', str(tmp_path))
-    for name in ('IN_TEST', 'NANOCHAT_STRICT', 'NANOCHAT_WIDGETS'): monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures('own_home')
 
 
 def cpu_seconds() -> float:
@@ -157,12 +151,10 @@ def wrong(kind):
 
 
 @pytest.mark.parametrize('kind', WRONG)
-def test_usual_mistakes_are_named(kind, monkeypatch):
+def test_usual_mistakes_are_named(kind, monkeypatch, refused):
     name, mistake = WRONG[kind]
     monkeypatch.setattr(lesson, 'attempt', lambda f, a, limit=.5, attempt=lesson.attempt: attempt(f, a, min(limit, .5)))
-    verdict = lesson.check(wrong(kind), name)
-    assert not verdict.passed and verdict.mistake == mistake, repr(verdict)
-    assert len(verdict.message) > 20
+    refused(wrong(kind), name, mistake)
 
 
 # --- the same for lesson 3: tensors ------------------------------------------------------------------------------------
@@ -190,11 +182,9 @@ WRONG_TENSORS = {  # a learner's mistake -> exercise, the mistake's name, the fu
 
 
 @pytest.mark.parametrize('kind', WRONG_TENSORS)
-def test_usual_mistakes_with_tensors_are_named(kind):
+def test_usual_mistakes_with_tensors_are_named(kind, refused):
     name, mistake, function = WRONG_TENSORS[kind]
-    verdict = lesson.check(function, name)
-    assert not verdict.passed and verdict.mistake == mistake, repr(verdict)
-    assert len(verdict.message) > 20 and 'tensor(' not in verdict.example   # inputs are shown in one line each
+    refused(function, name, mistake)
 
 
 RIGHT_TENSORS = {  # other ways to write it, which a check must not refuse
@@ -496,6 +486,21 @@ def test_stubs_fail_with_their_own_message_and_fit_the_librarys_parameters(path,
         with pytest.raises(lesson.CheckFailed, match='not written yet'): lesson.check(stub, verdict.name, strict=True)
         needed = [p.name for p in inspect.signature(lesson.library(verdict.name)).parameters.values() if p.default is p.empty]
         assert list(inspect.signature(stub).parameters) == needed
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_bugs_in_a_lessons_zoo_exist_and_are_at_least_three(path):
+    specimens = re.findall(r"'([\w.]+)/([\w ]+)'", next(source for source in cells(path, 'code') if 'Zoo(probe' in source).split('Zoo(probe')[1])
+    assert len(specimens) >= 3
+    for name, label in specimens: assert label in [mutant.name for mutant in lesson.exercises[name].mutants], label
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_every_prediction_of_a_lesson_is_answered(path):
+    text = '\n'.join(cells(path, 'code'))
+    asked = re.findall(r"^predict\('(.+?)', '(.+?)'\)", text, re.M)
+    assert len(asked) >= 3
+    for name, unit in asked: assert re.search(rf"^reveal\('{re.escape(name)}', .+, '{re.escape(unit)}'\)", text, re.M), name
 
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
