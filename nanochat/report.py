@@ -7,8 +7,8 @@ __all__ = ['MODELS', 'STAGES', 'PUBLISHED_D20', 'CHATCORE_TASKS', 'CURVES', 'PRI
            'read_records', 'show_time', 'show_value', 'mean_centered', 'graded', 'scores', 'show_score',
            'is_kindergarten', 'published', 'published_cells', 'score_table', 'round_ticks', 'thin', 'curve_svg',
            'sparkline', 'curves', 'hourly_price', 'totals', 'code_size', 'badges', 'next_goal', 'md_cell', 'md_code',
-           'to_markdown', 'to_html', 'header_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip', 'sample_blocks',
-           'turned', 'example_blocks', 'report_blocks', 'page', 'write_report', 'main']
+           'to_markdown', 'to_html', 'exam_blocks', 'header_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip',
+           'sample_blocks', 'turned', 'example_blocks', 'report_blocks', 'page', 'write_report', 'main']
 
 # %% ../nbs/19_report.ipynb #c465d91c
 import html, json, math, re
@@ -344,6 +344,22 @@ def to_html(
                          + (f'<em>{esc(found)}</em>' if earned and found else '') + '</li>' for name, rule, earned, found in rest[0]) + '</ul>')
     return '\n'.join(lines)
 
+# %% ../nbs/19_report.ipynb #e8a1b1c5
+def exam_blocks(records: dict) -> list[tuple]:
+    "What is behind the scores: how much of the exams had been read in training, and what several tries bring."
+    stages = [results for stage in MODELS if 'tasks' in (results := (records['stages'].get(f'eval_{stage}') or {}).get('results') or {})]
+    read = {task: each['overlap'] for task, each in (stages[-1]['tasks'] if stages else {}).items() if each.get('overlap')}
+    sources = [stage for stage in MODELS if any(stage in each for each in read.values())]
+    blocks = []
+    if read:
+        rows = [[task, *(f"{each[s]['whole']:.1%} ({each[s]['part']:.1%})" if s in each else '' for s in sources)] for task, each in read.items()]
+        blocks = [('text', 'How many of the problems stand in what each stage was trained on, whole, and in brackets also those that share only 13 words in a row with it (of the base model\'s text, a first part is searched):'),
+                  ('table', ['task', *(stage.upper() for stage in sources)], rows)]
+    tries = [[e['task'], e['stage'].upper(), show_value(e['temperature']), ', '.join(f"{each['k']}: {show_score((each['rate'], each['stderr']))}" for each in e['pass_at'] if each['k'] & (each['k'] - 1) == 0 or each['k'] == e['num_samples'])]
+             for e in records['evals'].values() if 'pass_at' in e]
+    if tries: blocks += [('text', 'The chance that at least one of k tries is right:'), ('table', ['task', 'model', 'temperature', 'pass@k'], tries)]
+    return blocks
+
 # %% ../nbs/19_report.ipynb #bab0eb2a
 def header_blocks(records: dict) -> list[tuple]:
     "What ran, where, on which code, for how long and how much."
@@ -374,6 +390,7 @@ def score_blocks(records: dict) -> list[tuple]:
     blocks.append(('text', 'Accuracies are between 0 and 1, with one standard error. CORE and ChatCORE are means of centred accuracies: 0 is guessing, 1 is perfect. '
                            + (f"ChatCORE here is the mean of {', '.join(chat)}. " if chat else '')
                            + ('Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).' if len(header) > 5 else '')))
+    blocks += exam_blocks(records)
     if is_kindergarten(records): blocks.append(('fold', "The reference system's published d20 scores, on the real tasks", [('text', 'The tasks of the kindergarten share names and format with the real ones, and ask about another world: these numbers are not to be compared.'),
                                                 ('table', ['measure', *(stage.upper() for stage in MODELS)], [[measure, *published_cells(row)] for measure, row in PUBLISHED_D20.items()])]))
     core = records['evals'].get('base_CORE', {}).get('tasks')

@@ -141,6 +141,9 @@ class Task:
     def reward(self, conversation: dict, completion: str) -> float:
         "What reinforcement learning pays for `completion`."
         return float(self.evaluate(conversation, completion))
+    def question(self, conversation: dict) -> str:
+        "What a problem asks, without the wording that all problems of the task share."
+        return message_text(conversation['messages'][-2]['content'])
 
 # %% ../nbs/12_tasks.ipynb #6a58152b
 def _task_getitem(self, i):
@@ -165,6 +168,7 @@ class ARC(Task):
         labels = row['choices']['label']
         return multiple_choice(row['question'], row['choices']['text'], labels.index(row['answerKey']), self.quiz)
     def evaluate(self, conversation, completion): return completion == conversation['messages'][-1]['content']
+    def question(self, conversation): return super().question(conversation).partition(': ')[2].rpartition('\n\n')[0]
 
 class MMLU(ARC):
     "Exam questions of 57 subjects (cais/mmlu)."

@@ -1,5 +1,5 @@
 """Evaluation: the same verdicts from any number of processes, for any batch size, and after a restart."""
-import os, subprocess, sys
+import os, random, subprocess, sys
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq
@@ -7,8 +7,9 @@ import pytest, torch
 
 from nanochat import evaluate
 from nanochat.checkpoint import save_checkpoint
-from nanochat.common import Compute, Run
+from nanochat.common import Compute, NanochatError, Run
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.report import exam_blocks, read_records
 from nanochat.tasks import load_task
 from nanochat.tokenizer import Tokenizer
 
@@ -26,6 +27,7 @@ def home(tmp_path_factory):
     for name, table in rows.items():
         (root/'data'/name).parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(table), root/'data'/name)
+    pq.write_table(pa.Table.from_pylist(rows[ARC][:7]), root/'data'/ARC.replace('test', 'train'))   # a third of the exam has been trained on
     run = Run.create('graded')
     run.update_info(data_root=str(root/'data'))
     tokenizer = Tokenizer.train(['Which red green blue old mill? '] * 20, 280)
@@ -34,7 +36,7 @@ def home(tmp_path_factory):
     model = GPT(GPTConfig(sequence_len=64, vocab_size=280, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     with torch.no_grad(): [p.normal_(0, 2. if 'c_proj' in n else .3) for n, p in model.named_parameters() if 'c_proj' in n or 'lm_head' in n]
     save_checkpoint(run.path('sft'), 3, model, tokenizer=tokenizer)
-    run.write_json(dict(stage='sft', status='complete', seconds=1, finished=''), 'stages', 'sft.json')
+    run.write_json(dict(stage='sft', status='complete', seconds=1, finished='', options=dict(mixture={'ARC-Easy': None}, quiz='letter'), results=dict(steps=3)), 'stages', 'sft.json')
     (root/'toy.yaml').write_text('profile: toy\nstages: {all: {device: cpu, dtype: float32}}\n')
     yield root, run, model.eval(), tokenizer
     del os.environ['NANOCHAT_HOME']
@@ -78,13 +80,20 @@ def test_two_processes_give_the_same_file_as_one(home):
     for processes in (1, 2):
         run.path('stages', 'eval_sft.json').unlink(missing_ok=True)
         for path in run.path('evals').glob('*'): path.unlink()
-        done = launch(root, run, processes)
+        done = launch(root, run, processes, '--num-samples', '3')
         assert done.returncode == 0, done.stderr
-        results[processes] = {name: run.read_json('evals', f'sft_{name}.json') for name in ('ARC-Easy', 'GSM8K', 'samples')}
+        results[processes] = {name: run.read_json('evals', f'sft_{name}.json') for name in ('ARC-Easy', 'GSM8K', 'GSM8K_tries', 'overlap', 'samples')}
         for result in results[processes].values(): result.pop('seconds', None)
     assert results[1] == results[2]
     assert results[1]['ARC-Easy']['n'] == 21 and results[1]['GSM8K']['n'] == 5
     assert evaluate.main(run.name, str(root/'toy.yaml'), stage='sft')['results']['tasks']['GSM8K']['n'] == 5
+    tries = results[1]['GSM8K_tries']
+    assert [len(example['tries']) for example in tries['examples']] == [3] * 5 and [each['k'] for each in tries['pass_at']] == [1, 2, 3]
+    assert len({each['completion'] for example in tries['examples'] for each in example['tries']}) > 10   # each try has chances of its own
+    whole = {int(i) for i, share in results[1]['overlap']['problems']['ARC-Easy'].items() if share == 1}
+    assert whole == {i for i, row in enumerate(load_task('ARC-Easy', 'test', root/'data').order) if row < 7} and results[1]['overlap']['problems']['GSM8K'] == {}
+    searched, overlaps, tried, passes = exam_blocks(read_records(run))   # and the report shows both
+    assert overlaps[2][0] == ['ARC-Easy', f"33.3% ({len(results[1]['overlap']['problems']['ARC-Easy']) / 21:.1%})"] and passes[2][0][:3] == ['GSM8K', 'SFT', '0.8']
 
 
 def test_a_finished_task_is_not_asked_again_unless_the_weights_changed(home, one):
@@ -97,7 +106,39 @@ def test_a_finished_task_is_not_asked_again_unless_the_weights_changed(home, one
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize('options,message', [(['--tasks', 'Trivia'], 'no task is called'), (['--tasks', 'SmolTalk'], 'no test file'), (['--stage', 'rl'], 'needs stage rl'), (['--max-problems', 'many'], 'max_problems')])
+def test_every_shared_run_is_found_wherever_it_begins():
+    rng = random.Random(0)
+    def text(n): return [f'w{rng.randrange(500)}' for _ in range(n)]   # so many words that runs agree only where they were copied
+    for size in (1, 2, 5, 8, 13):
+        questions, documents = ([text(rng.randint(0, 30)) for _ in range(40)] for _ in range(2))
+        for question in questions[:20]:   # pieces of the questions, at any place
+            at, start = rng.randint(0, 30), rng.randint(0, 12)
+            documents.append(text(at) + question[start:start + size + rng.randint(-1, 4)] + text(9))
+        def runs(words): return {tuple(words[i:i + size]) for i in range(len(words) - size + 1)} or {tuple(words)}
+        found = set().union(*map(runs, documents))
+        shares = evaluate.found_shares([' '.join(words) for words in questions], [' '.join(words) for words in documents], size)
+        assert shares == [len(runs(words) & found) / len(runs(words)) for words in questions]
+
+
+def test_a_search_is_made_again_only_for_another_training_or_another_exam(home, one, monkeypatch, capsys):
+    root, run, *_ = home
+    calls, tasks = [], [load_task('GSM8K', 'test', root/'data')]
+    monkeypatch.setattr(evaluate, 'overlap', lambda run, stage, *_: calls.append(stage) or {'GSM8K': {'0': 1., '1': .5}})
+    def search(asked='x'): return evaluate.check_overlap(run, one, tasks, 'sft', 9, dict(asked=asked))
+    assert search() == search() == {'GSM8K': {'sft': dict(part=.4, whole=.2)}} and calls == ['sft']
+    search(asked='y')
+    record = run.record('sft')
+    run.write_json({**record, 'options': dict(mixture={'GSM8K': None})}, 'stages', 'sft.json')
+    search(asked='y')
+    assert calls == ['sft'] * 3
+    def fail(*_): raise NanochatError('no train file')
+    monkeypatch.setattr(evaluate, 'overlap', fail)
+    run.write_json({**record, 'results': dict(steps=4)}, 'stages', 'sft.json')
+    assert search() == {'GSM8K': {}} and 'cannot be checked: no train file' in capsys.readouterr().out   # the grades stand without it
+    run.write_json(record, 'stages', 'sft.json')
+
+
+@pytest.mark.parametrize('options,message', [(['--tasks', 'Trivia'], 'no task is called'), (['--num-samples', '4', '--temperature', '0'], '4 tries would all be the same'), (['--tasks', 'SmolTalk'], 'no test file'), (['--stage', 'rl'], 'needs stage rl'), (['--max-problems', 'many'], 'max_problems')])
 def test_bad_options_get_one_line_and_status_2(home, options, message, capsys):
     root, run, *_ = home
     run.path('stages', 'eval_sft.json').unlink(missing_ok=True)

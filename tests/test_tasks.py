@@ -55,6 +55,16 @@ def test_letters_agree_with_the_native_answer_key_even_where_labels_are_numbers(
 
 
 @real
+@pytest.mark.parametrize('name', ['ARC-Easy', 'MMLU', 'GSM8K'])
+def test_a_question_has_nothing_that_all_questions_have(name):
+    task = load_task(name, 'test', REAL, stop=300)
+    for conversation in task:
+        question, whole = task.question(conversation), conversation['messages'][-2]['content']
+        assert question and question in whole and 'Multiple Choice' not in question and 'Respond only' not in question
+        if task.kind == 'categorical': assert question.count('\n- ') >= len(conversation['letters']) and len(question) == len(whole) - len('Multiple Choice question: \n\nRespond only with the letter of the correct answer.')
+
+
+@real
 def test_mmlu_auxiliary_is_the_same_nested_or_flat(tmp_path):
     nested = load_task('MMLU-aux', 'train', REAL)
     flat_file = tmp_path/'cais/mmlu/all/auxiliary_train-00000-of-00001.parquet'
