@@ -236,8 +236,7 @@ def totals(records: dict) -> dict:
     "Seconds with and without reinforcement learning, and dollars; of the stages with an estimate, both sums."
     seconds = {name: record.get('seconds', 0) for name, record in records['stages'].items()}
     estimate = records['info'].get('estimate') or {}
-    both = {name for name in seconds.keys() & estimate.keys() # but not one that was stopped: its seconds are those since it went on
-            if (records['stages'][name].get('results') or {}).get('train_seconds', 0) <= seconds[name]}
+    both = seconds.keys() & estimate.keys()
     price = hourly_price((records['info'].get('machine') or {}).get('gpus') or [])
     return dict(seconds=sum(seconds.values()), seconds_without_rl=sum(s for name, s in seconds.items() if name not in ('rl', 'eval_rl')), price=price,
                 dollars=None if price is None else price * sum(seconds.values()) / 3600, estimate=sum(estimate[name] for name in both), estimated=sum(seconds[name] for name in both))
