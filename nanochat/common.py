@@ -378,6 +378,8 @@ def clock(self: Run, stage: str, every: float = 5.0): # every: seconds between t
     def note():
         with contextlib.suppress(NanochatError):  # a full disk: the stage itself says so
             while not ended.wait(every): write_atomic(path, str(seconds()))
+            write_atomic(path, str(seconds()))
+    write_atomic(path, str(before))  # begun
     notes = threading.Thread(target=note, daemon=True)
     notes.start()
     try: yield seconds
