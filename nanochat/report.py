@@ -516,6 +516,7 @@ def costs_beside(
     rows += [['time in all', *(show_time(each['seconds']) for each in sums)], ['dollars', *(show_value(each['dollars']) for each in sums)]]
     return ['', *(records['name'] for records in many)], rows + [[f'{label} in training', *map(show_value, summed(key))] for key, label in dict(tokens='tokens', flops='operations').items()]
 
+# %% ../nbs/19_report.ipynb #82a1da54
 def overlay(
     many: list[dict],   # of read_records, one a run
     stage: str,         # base, mid, sft or rl
