@@ -436,6 +436,7 @@ def sample_blocks(records: dict) -> list[tuple]:
         blocks += [('code', stage.upper(), clip(answers[prompt])) for stage, answers in by_stage.items() if prompt in answers]
     return blocks
 
+# %% ../nbs/19_report.ipynb #60764b55
 def verdicts(
     before: dict, after: dict,   # evaluations of one task
 ) -> list[tuple[bool, bool]]:    # right before, right after
