@@ -2,7 +2,7 @@
 
 python benchmarks/power_cuts.py [--profile kindergarten] [--cuts 5] [--seed 0] [--like FOLDER_OF_AN_UNDISTURBED_RUN] [--record FILE.json]
 """
-import argparse, json, os, random, shutil, signal, subprocess, sys, tempfile, time
+import argparse, json, os, random, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -71,7 +71,6 @@ def cut_run(home: Path, profile: str, moments: list[float]) -> list[dict]:
         while process.poll() is None and (len(cuts) == len(moments) or worked(run) < moments[len(cuts)]): time.sleep(0.2)
         if process.returncode: raise SystemExit(f"the run failed by itself; see {home}/log.txt")
         if process.returncode == 0: return cuts
-        os.killpg(process.pid, signal.SIGKILL)
         stage, done = stage_of(kill_all(home)), finished(home)
         process.wait()
         cuts.append(dict(second=round(moments[len(cuts)]), stage="" if stage in done else stage, steps=len(measured(home)), finished=done))
