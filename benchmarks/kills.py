@@ -19,12 +19,17 @@ def stage(home: Path, module: str, *words: str, nproc: int = 1) -> subprocess.Po
                             env=os.environ | dict(NANOCHAT_HOME=str(home), OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def kill_all(home: Path) -> None:
-    "kill -9 for every process that works in this home"
+def kill_all(home: Path) -> list[list[str]]:
+    "kill -9 for every process that works in this home; returns their command lines"
+    found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("NANOCHAT_HOME") == str(home): process.kill()
+            if process.environ().get("NANOCHAT_HOME") == str(home): found.append((process, process.cmdline()))
         except psutil.Error: continue
+    for process, _ in found:  # only now: a stage dies with the notebook's kernel, and would not have been seen
+        try: process.kill()
+        except psutil.Error: continue
+    return [words for _, words in found]
 
 
 def last_step(home: Path) -> int:

@@ -365,6 +365,26 @@ def lock(self: Run):
         try: yield
         finally: f.truncate(0)
 
+# %% ../nbs/00_common.ipynb #86ea662c
+import threading
+
+@patch
+@contextlib.contextmanager
+def clock(self: Run, stage: str, every: float = 5.0): # every: seconds between two notes
+    "The stage's seconds so far, those before a stop included, as a function"
+    path, start, ended = self.path("stages", f"{stage}.seconds"), time.time(), threading.Event()
+    before = float(path.read_text()) if path.exists() else 0.0
+    def seconds(): return round(before + time.time() - start, 2)
+    def note():
+        with contextlib.suppress(NanochatError):  # a full disk: the stage itself says so
+            while not ended.wait(every): write_atomic(path, str(seconds()))
+            write_atomic(path, str(seconds()))
+    write_atomic(path, str(before))  # begun
+    notes = threading.Thread(target=note, daemon=True)
+    notes.start()
+    try: yield seconds
+    finally: ended.set(); notes.join()
+
 # %% ../nbs/00_common.ipynb #947a721b
 def stage_options(func) -> dict[str, dict]:
     "Options of a stage, from its signature: name → default, type and help"
@@ -450,13 +470,16 @@ def execute(self: Stage, run_name: str, profile: str, name: str, values: dict, c
         for needed in (a.format(**values) for a in self.after):
             if not run.record(needed):
                 raise NanochatError(f"stage {name}: needs stage {needed}, which is not complete in run '{run_name}'; run it first")
-        start, watcher = time.time(), tracker(run_name) if compute.is_main else None  # what is wrong with it is said now
-        try: results = self.func(run, compute, **values) or {}
-        finally:
-            if watcher: watcher.finish(); tracker.cache_clear()
-        record = dict(stage=name, status="complete", options=values, results=results, started=start, processes=compute.world_size,
-                      seconds=round(time.time() - start, 2), finished=now(), device=str(compute.device), dtype=str(compute.dtype).split(".")[-1])
-        if compute.is_main: run.write_json(record, "stages", f"{name}.json")
+        watcher = tracker(run_name) if compute.is_main else None  # what is wrong with it is said now
+        with run.clock(name) if compute.is_main else contextlib.nullcontext(lambda: None) as seconds:
+            try: results = self.func(run, compute, **values) or {}
+            finally:
+                if watcher: watcher.finish(); tracker.cache_clear()
+            record = dict(stage=name, status="complete", options=values, results=results, processes=compute.world_size, seconds=seconds(),
+                          finished=now(), device=str(compute.device), dtype=str(compute.dtype).split(".")[-1])
+        if compute.is_main:
+            run.write_json(record, "stages", f"{name}.json")
+            run.path("stages", f"{name}.seconds").unlink(missing_ok=True)
         compute.barrier()
         return record
 

@@ -533,7 +533,8 @@ def check_folder(run: str) -> None:
 def note_estimate(estimate: Estimate, name: str) -> None: # name: of the run
     "Note in run.json what each stage that is still to come should take, in seconds: the report compares"
     run = Run.create(name, profile=estimate.profile)
-    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done})
+    begun = [path.stem for path in run.path("stages").glob("*.seconds")] # and stopped: what was said before stays
+    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done and plan.stage not in begun})
 
 def preflight(
     profile: str = "kindergarten", # name or path of a profile

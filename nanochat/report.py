@@ -6,15 +6,17 @@
 __all__ = ['MODELS', 'STAGES', 'PUBLISHED_D20', 'CHATCORE_TASKS', 'CURVES', 'PRICES', 'CORE_MARKS', 'STYLE', 'read_folder',
            'read_records', 'show_time', 'show_value', 'mean_centered', 'graded', 'scores', 'show_score',
            'is_kindergarten', 'published', 'published_cells', 'score_table', 'round_ticks', 'thin', 'curve_svg',
-           'sparkline', 'curves', 'hourly_price', 'totals', 'code_size', 'badges', 'next_goal', 'md_cell', 'md_code',
-           'to_markdown', 'to_html', 'exam_blocks', 'header_blocks', 'score_blocks', 'flat', 'stage_blocks', 'clip',
-           'sample_blocks', 'turned', 'example_blocks', 'report_blocks', 'page', 'write_report', 'main']
+           'sparkline', 'course', 'curves', 'hourly_price', 'totals', 'code_size', 'badges', 'next_goal', 'md_cell',
+           'md_code', 'to_markdown', 'to_html', 'exam_blocks', 'header_blocks', 'score_blocks', 'leaves', 'flat',
+           'stage_blocks', 'clip', 'sample_blocks', 'verdicts', 'turned', 'example_blocks', 'differences', 'gap',
+           'scores_beside', 'costs_beside', 'overlay', 'report_blocks', 'page', 'write_report', 'main']
 
 # %% ../nbs/19_report.ipynb #c465d91c
 import html, json, math, re
 from pathlib import Path
 
 from .common import Compute, NanochatError, Run, print0, profiles_dir, stage, write_atomic
+from .evaluate import paired_difference
 from .tokenizer import compression_table
 
 # %% ../nbs/19_report.ipynb #3c2a0c9a
@@ -212,16 +214,21 @@ CURVES = {'loss': 'training loss (nats a token)', 'val_bpb': 'validation bits pe
           'reward': 'mean reward', 'informative': 'share of groups that teach', 'length': 'tokens of a try', 'solved': 'problems solved', 'entropy': 'surprise of a chosen token (nats)', 'kl': 'distance from the first weights (nats a token)',
           'clipped': 'share of tokens clipped', 'replaced': 'problems replaced', 'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
 
+def course(
+    metrics: list[dict],      # of one stage
+    name: str,                # of the measure
+    over: str = 'step',       # or tokens, or train_seconds
+) -> list[tuple]:             # (step, tokens or seconds; value)
+    "The finite values of a measure."
+    def known(value): return isinstance(value, (int, float)) and math.isfinite(value)
+    return [(entry[over], float(entry[name])) for entry in metrics if known(entry.get(name)) and known(entry.get(over))
+            and (entry[name] > 0 or name not in ('tok_per_sec', 'mfu'))]  # speed is 0 until it has been measured
+
 def curves(
     metrics: list[dict],      # of one stage
 ) -> list[tuple]:             # (label, points)
     "The curves of a stage that are worth a picture: known measures with at least two finite values."
-    found = []
-    for key, label in CURVES.items():
-        points = [(e['step'], float(e[key])) for e in metrics if isinstance(e.get(key), (int, float)) and math.isfinite(e[key])
-                  and (e[key] > 0 or key not in ('tok_per_sec', 'mfu'))]  # speed is 0 until it has been measured
-        if len(points) > 1: found.append((label, points))
-    return found
+    return [(label, points) for name, label in CURVES.items() if len(points := course(metrics, name)) > 1]
 
 # %% ../nbs/19_report.ipynb #06e05b85
 PRICES = {'H100': 3.0, 'A100': 1.79, 'V100': .55}  # dollars an hour and GPU; any other: 2 (the reference system, October 2025)
@@ -236,8 +243,7 @@ def totals(records: dict) -> dict:
     "Seconds with and without reinforcement learning, and dollars; of the stages with an estimate, both sums."
     seconds = {name: record.get('seconds', 0) for name, record in records['stages'].items()}
     estimate = records['info'].get('estimate') or {}
-    both = {name for name in seconds.keys() & estimate.keys() # but not one that was stopped: its seconds are those since it went on
-            if (records['stages'][name].get('results') or {}).get('train_seconds', 0) <= seconds[name]}
+    both = seconds.keys() & estimate.keys()
     price = hourly_price((records['info'].get('machine') or {}).get('gpus') or [])
     return dict(seconds=sum(seconds.values()), seconds_without_rl=sum(s for name, s in seconds.items() if name not in ('rl', 'eval_rl')), price=price,
                 dollars=None if price is None else price * sum(seconds.values()) / 3600, estimate=sum(estimate[name] for name in both), estimated=sum(seconds[name] for name in both))
@@ -398,16 +404,20 @@ def score_blocks(records: dict) -> list[tuple]:
     return blocks
 
 # %% ../nbs/19_report.ipynb #3cc948ed
-def flat(
+def leaves(
     values: dict,        # options or results, perhaps nested
     prefix: str = '',
-) -> list[list[str]]:    # rows of name and value
-    "Nested values as rows; the names of inner ones are joined with a dot."
-    rows = []
+) -> dict:               # name → value
+    "Nested values by name; the names of inner ones are joined with a dot."
+    found = {}
     for key, value in sorted(values.items()):
-        if isinstance(value, dict) and value: rows += flat(value, f'{prefix}{key}.')
-        else: rows.append([f'{prefix}{key}', show_value(value)])
-    return rows
+        if isinstance(value, dict) and value: found |= leaves(value, f'{prefix}{key}.')
+        else: found[f'{prefix}{key}'] = value
+    return found
+
+def flat(values: dict) -> list[list[str]]: # values: options or results, perhaps nested
+    "Nested values as rows of name and value."
+    return [[name, show_value(value)] for name, value in leaves(values).items()]
 
 def stage_blocks(records: dict) -> list[tuple]:
     "A table of all stages; then, for each, its curves, what it found and its settings."
@@ -443,12 +453,19 @@ def sample_blocks(records: dict) -> list[tuple]:
         blocks += [('code', stage.upper(), clip(answers[prompt])) for stage, answers in by_stage.items() if prompt in answers]
     return blocks
 
+# %% ../nbs/19_report.ipynb #60764b55
+def verdicts(
+    before: dict, after: dict,   # evaluations of one task
+) -> list[tuple[bool, bool]]:    # right before, right after
+    "The verdicts on the questions that are in both."
+    was = {e['prompt']: e['correct'] for e in before['examples']}
+    return [(was[e['prompt']], e['correct']) for e in after['examples'] if e['prompt'] in was]
+
 def turned(
     before: dict, after: dict,   # evaluations of one task
 ) -> tuple[int, int, int, int]:  # right in both, gained, lost, wrong in both
     "How verdicts on the same questions changed."
-    was = {e['prompt']: e['correct'] for e in before['examples']}
-    pairs = [(was[e['prompt']], e['correct']) for e in after['examples'] if e['prompt'] in was]
+    pairs = verdicts(before, after)
     return tuple(pairs.count(pair) for pair in ((True, True), (False, True), (True, False), (False, False)))
 
 def example_blocks(records: dict, each: int = 2) -> list[tuple]:
@@ -465,6 +482,80 @@ def example_blocks(records: dict, each: int = 2) -> list[tuple]:
             inner = [block for e in chosen[:each] for block in (('code', 'question', clip(e['prompt'])), ('code', 'expected', clip(e['answer'])), (('code', f'{stage.upper()} answered', clip(e['completion']))))]
             if inner: blocks.append(('fold', f'{task}, {stage.upper()}: {title} ({len(chosen):,} of {evaluation["n"]:,})', inner))
     return blocks
+
+# %% ../nbs/19_report.ipynb #ee9e58d9
+def differences(
+    many: list[dict],           # of read_records, one a run
+) -> tuple[list, list[list]]:   # header, rows
+    "What was set differently in the stages that several runs have, and in machine, versions and code."
+    def settings(records):
+        about = {key: records['info'].get(key) or {} for key in ('machine', 'git')}
+        return about | {name: record.get('options') or {} for name, record in records['stages'].items()}
+    found, rows = [settings(records) for records in many], []
+    for part in dict.fromkeys(part for each in found for part in each):
+        values = [leaves(each[part]) if part in each else None for each in found]
+        for name in dict.fromkeys(name for each in values if each for name in each):
+            told = [each.get(name) for each in values if each is not None]
+            if any(value != told[0] for value in told): rows.append([f'{part}.{name}', *(show_value((each or {}).get(name)) for each in values)])
+    return ['setting', *(records['name'] for records in many)], rows
+
+# %% ../nbs/19_report.ipynb #8edabde8
+def gap(
+    first: dict, other: dict,   # of read_records
+    measure: str, stage: str,   # of the table of scores
+) -> str:
+    "How much more the other run scored: question by question where both kept their verdicts, else as two separate exams."
+    exams, pair = [graded(records, stage).get(measure) for records in (first, other)], [scores(records).get(measure, {}).get(stage) for records in (first, other)]
+    if not all(pair): return ''
+    if pairs := verdicts(*exams) if all(exams) else []:
+        before, after = zip(*pairs)
+        return '{:+.4f} ± {:.4f}, {:,} questions'.format(*paired_difference(after, before), len(pairs))
+    (before, error), (after, another) = pair
+    return f'{after - before:+.4f}' + (f' ± {math.hypot(error, another):.4f}' if error is not None and another is not None else '')
+
+def scores_beside(
+    many: list[dict],           # of read_records, one a run
+) -> tuple[list, list[list]]:   # header, rows
+    "The scores of several runs, and how each run's differ from the first one's."
+    first, *others = many
+    tables = [scores(records) for records in many]
+    rows = [[measure, stage.upper(), *(show_score(table.get(measure, {}).get(stage)) for table in tables), *(gap(first, other, measure, stage) for other in others)]
+            for measure in dict.fromkeys(measure for table in tables for measure in table) for stage in MODELS if any(stage in table.get(measure, {}) for table in tables)]
+    return ['measure', 'stage', *(records['name'] for records in many), *(f"{other['name']} − {first['name']}" for other in others)], rows
+
+# %% ../nbs/19_report.ipynb #00bff527
+def costs_beside(
+    many: list[dict],           # of read_records, one a run
+) -> tuple[list, list[list]]:   # header, rows
+    "What several runs took: time of each stage, tokens, operations, dollars."
+    stages, sums = [records['stages'] for records in many], [totals(records) for records in many]
+    def summed(key): return [sum((record.get('results') or {}).get(key) or 0 for name, record in each.items() if name in MODELS) or None for each in stages]
+    rows = [[f'time of {name}', *(show_time(each[name].get('seconds') if name in each else None) for each in stages)] for name in STAGES if any(name in each for each in stages)]
+    rows += [['time in all', *(show_time(each['seconds']) for each in sums)], ['dollars', *(show_value(each['dollars']) for each in sums)]]
+    return ['', *(records['name'] for records in many)], rows + [[f'{label} in training', *map(show_value, summed(key))] for key, label in dict(tokens='tokens', flops='operations').items()]
+
+# %% ../nbs/19_report.ipynb #82a1da54
+def overlay(
+    many: list[dict],   # of read_records, one a run
+    stage: str,         # base, mid, sft or rl
+):                      # a figure; None without measurements
+    "How a stage went in several runs, over tokens and over seconds of training."
+    import matplotlib.pyplot as plt
+    lines = {name: [(records['name'], records['metrics'].get(stage, [])) for records in many] for name in ('loss', 'val_bpb', 'val_loss', 'reward', 'solved')}
+    lines = {name: each for name, each in lines.items() if any(course(metrics, name, 'tokens') for _, metrics in each)}
+    if not lines: return None
+    fig, grid = plt.subplots(len(lines), 2, figsize=(9, 2.6 * len(lines)), sharey='row', squeeze=False, layout='constrained')
+    for row, (name, each) in zip(grid, lines.items()):
+        for ax, (over, unit) in zip(row, dict(tokens='tokens', train_seconds='seconds of training').items()):
+            for label, metrics in each:
+                points = thin(course(metrics, name, over), 120)
+                ax.plot([x for x, _ in points], [y for _, y in points], label=label, marker='' if name == 'loss' else '.')
+            ax.set(xlabel=unit)
+            ax.locator_params(axis='x', nbins=5)
+        row[0].set(ylabel=CURVES[name])
+    grid[0][0].legend()
+    plt.close(fig)   # returned, and so displayed once
+    return fig
 
 # %% ../nbs/19_report.ipynb #cc7f41ab
 STYLE = '''

@@ -1,4 +1,6 @@
 "What every stage relies on: options from three places, records, and the loop's clock."
+import os
+import signal
 import sys
 import time
 
@@ -67,6 +69,31 @@ def test_a_horizon_in_minutes_counts_what_was_trained_before_a_resume(monkeypatc
     trainer.__dict__.update(compute=Compute(torch.device('cpu'), torch.float32), minutes=2.0, seconds=60.0, step=120, warm_step=110, warm_time=990.0, begun=980.0)
     trainer.choose_steps()  # a second a step; 60 s before the resume and 20 since: 40 s are left
     assert trainer.num_steps == 160
+
+
+def test_a_stages_seconds_are_those_of_all_its_sessions_also_after_kill_9(home):
+    run, pid = Run.create('stopped'), os.fork()
+    if not pid:
+        with run.clock('report', every=0.02): time.sleep(60)
+    noted, deadline = run.path('stages', 'report.seconds'), time.time() + 20
+    while not (noted.exists() and float(noted.read_text()) > 0.3) and time.time() < deadline: time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    before = float(noted.read_text())
+    assert before > 0.3
+    with pytest.raises(ZeroDivisionError), run.clock('report'): time.sleep(0.3); 1 / 0  # stopped again, by an error
+    assert before + 0.3 <= toy('stopped', 'tiny')['seconds'] < before + 5 and not noted.exists()
+
+
+@pytest.mark.filterwarnings('error')  # a traceback of the thread that notes the time
+def test_a_full_disk_is_said_by_the_stage_and_not_by_its_clock(home, monkeypatch):
+    run, tried = Run.create('full'), []
+    def fills_up(*args):
+        tried.append(args)
+        if len(tried) > 1: raise NanochatError('the disk is full')
+    monkeypatch.setattr(common, 'write_atomic', fills_up)
+    with run.clock('report', every=0.01): time.sleep(0.1)
+    assert len(tried) == 2
 
 
 # --- measurements for others to watch --------------------------------------------------------------------------------

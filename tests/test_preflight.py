@@ -188,9 +188,11 @@ def test_complete_stages_cost_nothing_more():
     whole = preflight("tiny", "run")
     run = Run.create("run")
     for stage in ("dataset", "tokenizer", "base"): run.write_json({}, "stages", f"{stage}.json")
-    first = run.info["estimate"]
-    rest = preflight("tiny", "run")
-    assert set(first) == {plan.stage for plan in whole.plans} and run.info["estimate"]["base"] == first["base"] > 0  # the one made before it ran stays
+    run.path("stages", "mid.seconds").write_text("7.0")  # begun, and stopped
+    run.update_info(estimate=run.info["estimate"] | dict(base=1.0, mid=2.0, sft=3.0))
+    rest, noted = preflight("tiny", "run"), run.info["estimate"]
+    assert set(noted) == {plan.stage for plan in whole.plans}
+    assert (noted["base"], noted["mid"]) == (1.0, 2.0) and noted["sft"] != 3.0  # what was said before a stage began stays
     assert rest.seconds[:3] == [0, 0, 0] and rest.disk < whole.disk and "done" in repr(rest)
 
 

@@ -97,6 +97,55 @@ def test_an_estimate_stands_beside_the_time_of_its_stage(run):
     assert '| mid | 4 min 00 s | – |' in text
 
 
+def twin(run, name='twin'):
+    "A second run with the same records"
+    shutil.copytree(run.dir, Run(name).dir)
+    return Run.open(name)
+
+
+def change(run, *parts, **values): run.write_json(run.read_json(*parts) | values, *parts)
+
+
+def test_only_what_differs_between_runs_is_listed_also_what_one_of_them_does_not_have(run):
+    fill(run)
+    other = twin(run)
+    assert report.differences([report.read_records(each) for each in (run, other)])[1] == []
+    change(other, 'stages', 'mid.json', options=dict(lr=.02, tasks=['GSM8K', 'MMLU'], mixture={'SmolTalk': 3, 'Facts': 1}))
+    change(other, 'run.json', git=dict(commit='f00'))
+    other.path('stages', 'rl.json').unlink()  # a stage that one of them has not reached is no difference
+    header, rows = report.differences([report.read_records(each) for each in (run, other)])
+    assert header == ['setting', 'card', 'twin']
+    assert sorted(rows) == [['git.commit', '–', 'f00'], ['mid.mixture.Facts', '–', '1'], ['mid.tasks', 'GSM8K', 'GSM8K, MMLU']]
+
+
+def test_runs_are_compared_question_by_question_where_both_kept_their_verdicts(run):
+    fill(run)
+    other = twin(run)
+    exam = run.read_json('evals', 'sft_GSM8K.json')
+    examples = [e | dict(correct=e['correct'] if i % 10 else not e['correct']) for i, e in enumerate(exam['examples'])]  # 4 gained, 6 lost
+    change(other, 'evals', 'sft_GSM8K.json', accuracy=.58, examples=examples[::-1])
+    change(other, 'evals', 'sft_ARC-Easy.json', accuracy=.7, examples=[e | dict(prompt='another question') for e in examples])
+    header, rows = report.scores_beside([report.read_records(each) for each in (run, other)])
+    cells = {(measure, stage): rest for measure, stage, *rest in rows}
+    assert header[-1] == 'twin − card' and cells['GSM8K', 'SFT'] == ['0.6000 ± 0.0400', '0.5800 ± 0.0400', '-0.0200 ± 0.0316, 100 questions']
+    assert cells['ARC-Easy', 'SFT'][-1] == '+0.1000 ± 0.0566' and cells['bits per byte, validation', 'BASE'][-1] == '+0.0000'
+    other.path('evals', 'rl_GSM8K.json').unlink()
+    assert ['GSM8K', 'RL', '0.9000 ± 0.0400', '', ''] in report.scores_beside([report.read_records(each) for each in (run, other)])[1]
+
+
+def test_courses_and_costs_of_runs_in_any_state_stand_beside_each_other(run):
+    fill(run)
+    empty = Run.create('empty')
+    for step in range(3): run.log('base', step, tokens=100 * step, train_seconds=.5 * step)
+    many = [report.read_records(each) for each in (run, empty)]
+    assert report.course(many[0]['metrics']['base'], 'loss', 'train_seconds') == [(0., 3.), (.5, 2.95), (1., 2.9)]
+    lines = report.overlay(many, 'base').axes[0].lines
+    assert [line.get_label() for line in lines] == ['card', 'empty'] and [*lines[0].get_xdata()] == [0, 100, 200] and not len(lines[1].get_xdata())
+    assert report.overlay(many, 'sft') is None and report.overlay([many[1]], 'base') is None
+    rows = {row[0]: row[1:] for row in report.costs_beside(many)[1]}
+    assert rows['time of base'] == ['2 min 00 s', '–'] and rows['time in all'] == ['45 min 00 s', '0.0 s'] and rows['tokens in training'] == ['–', '–']
+
+
 def test_verdicts_of_an_earlier_checkpoint_do_not_count(run):
     fill(run)
     kept = run.read_json('evals', 'sft_GSM8K.json')
