@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for folder in ("nbs", "lessons", ".") for p in (ROOT / folder).glob("*.ipynb"))
+NOTEBOOKS = sorted(p for folder in ("nbs", "lessons", "howto", ".") for p in (ROOT / folder).glob("*.ipynb"))
 
 
 def tool(name): return str(Path(sys.executable).parent / name)

@@ -9,7 +9,7 @@ from nanochat.common import Stage, build_parser, load_profile, module_command, p
 ROOT = Path(__file__).resolve().parent.parent
 HOWTO = sorted((ROOT / "howto").glob("*.md"))
 PAGES = [*HOWTO, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "llms.txt"))]
-NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for folder in ("nbs", "lessons", ".") for path in (ROOT / folder).glob("*.ipynb"))
+NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for folder in ("nbs", "lessons", "howto", ".") for path in (ROOT / folder).glob("*.ipynb"))
 MODULES = dict(dataset="dataset", tokenizer="tokenizer", base="pretrain", mid="midtrain", sft="sft", rl="grpo", eval="evaluate")  # by section of a profile
 
 
