@@ -27,7 +27,7 @@ def count_supervised(
     count = sum((b.targets >= 0).sum() for b in batches)
     return max(1, int(compute.all_reduce(count.to(torch.int64).clone())))
 
-# %% ../nbs/09_train.ipynb #aafc418d
+# %% ../nbs/09_train.ipynb #93307ac0
 def accumulation_steps(
     total_batch_size: int, # tokens of one step, over all processes
     batch_size: int, # B, rows of one micro-batch of one process
@@ -40,7 +40,7 @@ def accumulation_steps(
         raise NanochatError(f"total_batch_size {total_batch_size}: not a multiple of {batch_size} rows × {sequence_len} tokens × {world_size} processes = {tokens}; change batch_size or total_batch_size")
     return total_batch_size // tokens
 
-# %% ../nbs/09_train.ipynb #share0002
+# %% ../nbs/09_train.ipynb #5c395be9
 def share_batch(
     total_batch_size: int, # tokens of one step, over all processes
     batch_size: int, # rows that fit into the memory of one process
@@ -84,7 +84,7 @@ def memory_gb(device: torch.device) -> float: # GiB
     import resource, sys
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../nbs/09_train.ipynb #fee84266
+# %% ../nbs/09_train.ipynb #cc9dea24
 def compiled(
     model: GPT,
     device: torch.device,
@@ -95,7 +95,7 @@ def compiled(
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         print0("no C++ compiler found: training without torch.compile, at about half the speed (install g++ to change that)")
         return model
-    return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, options={"cpp.use_decompose_tanh": True})  # the soft cap's tanh by one exp: half its time on a CPU
 
 # %% ../nbs/09_train.ipynb #7d2d0cd7
 class Trainer:
@@ -249,7 +249,7 @@ def stop_on_nan(self: Trainer, value: float, batches: list[Batch], write: bool =
     raise NanochatError(f"stage {self.stage}: the loss is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
                         f"the last checkpoint is whole: lower the learning rates and run the same command again")
 
-# %% ../nbs/09_train.ipynb #a585ba00
+# %% ../nbs/09_train.ipynb #8ee3ec3a
 def smoothed(
     before: float | None, # the running mean so far, None: there is none yet
     value: float, # what was measured now
@@ -258,7 +258,7 @@ def smoothed(
     "A running mean that begins with the first value"
     return value if before is None else keep * before + (1 - keep) * value
 
-# %% ../nbs/09_train.ipynb #6a0bfacc
+# %% ../nbs/09_train.ipynb #8bedbc68
 @patch
 def report_line(self: Trainer, loss: float, scale: float) -> None:
     "Write the step's measurements, and from time to time a line for the eye"
