@@ -27,7 +27,7 @@ def count_supervised(
     count = sum((b.targets >= 0).sum() for b in batches)
     return max(1, int(compute.all_reduce(count.to(torch.int64).clone())))
 
-# %% ../nbs/09_train.ipynb #93307ac0
+# %% ../nbs/09_train.ipynb #aafc418d
 def accumulation_steps(
     total_batch_size: int, # tokens of one step, over all processes
     batch_size: int, # B, rows of one micro-batch of one process
@@ -40,7 +40,7 @@ def accumulation_steps(
         raise NanochatError(f"total_batch_size {total_batch_size}: not a multiple of {batch_size} rows × {sequence_len} tokens × {world_size} processes = {tokens}; change batch_size or total_batch_size")
     return total_batch_size // tokens
 
-# %% ../nbs/09_train.ipynb #5c395be9
+# %% ../nbs/09_train.ipynb #share0002
 def share_batch(
     total_batch_size: int, # tokens of one step, over all processes
     batch_size: int, # rows that fit into the memory of one process
@@ -249,7 +249,7 @@ def stop_on_nan(self: Trainer, value: float, batches: list[Batch], write: bool =
     raise NanochatError(f"stage {self.stage}: the loss is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
                         f"the last checkpoint is whole: lower the learning rates and run the same command again")
 
-# %% ../nbs/09_train.ipynb #8ee3ec3a
+# %% ../nbs/09_train.ipynb #a585ba00
 def smoothed(
     before: float | None, # the running mean so far, None: there is none yet
     value: float, # what was measured now
@@ -258,7 +258,7 @@ def smoothed(
     "A running mean that begins with the first value"
     return value if before is None else keep * before + (1 - keep) * value
 
-# %% ../nbs/09_train.ipynb #8bedbc68
+# %% ../nbs/09_train.ipynb #6a0bfacc
 @patch
 def report_line(self: Trainer, loss: float, scale: float) -> None:
     "Write the step's measurements, and from time to time a line for the eye"
