@@ -5,7 +5,8 @@ python benchmarks/serving.py [--depth 4] [--streams 16] [--new 200] [--prompt 15
 The server runs in a process of its own, as it would; the clients here read its streams over HTTP. Throughput is all tokens of a round divided by its time.
 The time between tokens is that of one stream; meanwhile a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer.
 """
-import argparse, asyncio, contextlib, json, multiprocessing, os, statistics, time
+import argparse, asyncio, contextlib, gc, json, multiprocessing, os, statistics, time
+from collections import Counter
 
 
 def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, queue: int = 64, length: int = 2048, log: str = None) -> None: # log: file for its complaints
@@ -22,7 +23,13 @@ def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, que
     engine.notable[:], engine.stops = False, set()  # noise should not end it
     listening = open_port("127.0.0.1", 0)
     ready.send(listening.getsockname()[1])
-    uvicorn.Server(uvicorn.Config(make_app(Service(engine, queue_limit=queue), chat_page=False), log_level="error", timeout_graceful_shutdown=3)).run(sockets=[listening])
+    app = make_app(Service(engine, queue_limit=queue), chat_page=False)
+
+    @app.get("/objects")
+    async def objects(): # of this project's classes, and tasks of the event loop: those that outlive their request are a leak
+        gc.collect()
+        return Counter(type(thing).__name__ for thing in gc.get_objects() if str(type(thing).__module__).startswith("nanochat")) | Counter(tasks=len(asyncio.all_tasks()))
+    uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=3)).run(sockets=[listening])
 
 
 @contextlib.contextmanager

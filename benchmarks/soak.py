@@ -3,7 +3,7 @@
 python benchmarks/soak.py [--minutes 10] [--good 4] [--bad 8] [--depth 2] [--slots 8] [--queue 16] [--threads 1] [--seed 0] [--record FILE.json]
 
 First each good request is asked alone of the fresh server, twice, as a reference. At the end: every good stream has said the same as alone, every bad request got
-the answer that it should, the server wrote nothing to its error log, slots, line and open files are as they were, and a line through its memory is flat.
+the answer that it should, the server wrote nothing to its error log, slots, line, objects, connections and threads are as they were, and a line through its memory is flat.
 """
 import argparse, asyncio, contextlib, json, os, random, socket, statistics, struct, tempfile, time
 from collections import Counter, defaultdict
@@ -170,8 +170,9 @@ async def watch(process, until: float) -> list[float]: # MB
 
 async def state(client, process) -> dict:
     "What must be as it was, when all have left"
-    health = (await client.get("/health")).json()
-    return {key: health[key] for key in ("status", "slots", "at_work", "waiting")} | dict(connections=len(process.net_connections()), open_files=process.num_fds(), threads=process.num_threads())
+    await say(client, prompt="hello", max_tokens=2) # the last row's place is tidied when the next one comes
+    health, objects = [(await client.get(path)).json() for path in ("/health", "/objects")]
+    return {key: health[key] for key in ("status", "slots", "at_work", "waiting")} | {key: objects.get(key, 0) for key in ("Job", "Choice", "Row", "TextStream", "tasks")} | dict(connections=len(process.net_connections()), open_files=process.num_fds(), threads=process.num_threads())
 
 
 async def soak(args, port: int, process) -> dict:

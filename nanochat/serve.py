@@ -96,6 +96,7 @@ class Job:
         try:
             left = len(self.choices)
             while left:
+                if not self.queue.empty(): await asyncio.sleep(0) # behind: let the loop serve others, and hear whether this client is still there
                 choice, text, records, last = await self.queue.get()
                 if choice is None: raise NanochatError(text)
                 left -= last
@@ -171,26 +172,31 @@ def cancel(self: Service, job: Job) -> None:
         self.open.discard(job); self.left.append(job)
         self.wake.notify()
 
-# %% ../nbs/21_serve.ipynb #dfb6a998
+# %% ../nbs/21_serve.ipynb #6044bab4
 @patch
 def work(self: Service) -> None:
-    "The engine's thread: take in, drop, step, hand out"
+    "The engine's thread: wait for work, and do it"
     while True:
         with self.wake:
             while not (self.arrived or self.left or self.engine.busy or self.stopped): self.wake.wait()
             if self.stopped: return
             arrived, left, self.arrived, self.left = self.arrived, self.left, [], []
-        try:
-            for job in arrived: self.admit(job)
-            for choice in (choice for job in left for choice in job.choices):
-                if self.choices.pop(choice.row, None): self.engine.cancel(choice.row)
-            start, before = time.perf_counter(), self.engine.counts["computed"]
-            rows, tokens, _ = self.engine.step()
-            if rows: self.pace(time.perf_counter() - start, self.engine.counts["computed"] - before)
-            self.hand_out(rows, tokens)
+        try: self.turn(arrived, left)
         except Exception as error:
             traceback.print_exc()
             self.fail_all(f"the engine failed: {error}")
+
+# %% ../nbs/21_serve.ipynb #83676f99
+@patch
+def turn(self: Service, arrived: list[Job], left: list[Job]) -> None:
+    "Take in, drop, step, hand out"
+    for job in arrived: self.admit(job)
+    for choice in (choice for job in left for choice in job.choices):
+        if self.choices.pop(choice.row, None): self.engine.cancel(choice.row)
+    start, before = time.perf_counter(), self.engine.counts["computed"]
+    rows, tokens, _ = self.engine.step()
+    if rows: self.pace(time.perf_counter() - start, self.engine.counts["computed"] - before)
+    self.hand_out(rows, tokens)
 
 # %% ../nbs/21_serve.ipynb #129d83df
 PATIENCE, SHORTEST_PIECE = 2.2, 16 # a step with a piece of a prompt may take so many times as long as one without; tokens: shorter ones would hardly take less
@@ -202,7 +208,9 @@ def pace(self: Service,
 ) -> None:
     "Choose the next piece's length by what the last steps took"
     if not read: self.steps.append(seconds)
-    elif self.steps: self.engine.piece_tokens = max(SHORTEST_PIECE, math.ceil(read * PATIENCE * statistics.median(self.steps) / seconds))
+    elif self.steps:
+        change, cut = PATIENCE * statistics.median(self.steps) / seconds, self.engine.reading is not None # cut: there is more to read, so the piece was as long as it might be
+        if cut or change < 1: self.engine.piece_tokens = max(SHORTEST_PIECE, math.ceil((self.engine.piece_tokens if cut else read) * change))
 
 # %% ../nbs/21_serve.ipynb #92b37bcf
 @patch

@@ -1,5 +1,5 @@
 "The chat command and the server: what they answer, refuse and survive"
-import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
+import asyncio, contextlib, json, math, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -181,6 +181,26 @@ def test_an_answer_that_nobody_reads_gives_its_place_back(model):
     service.stop()
 
 
+def test_who_catches_up_with_an_answer_lets_the_others_have_their_turn(model):
+    "Pieces that have piled up go out one in a turn of the loop, which so hears of it when the client has left"
+    service = Service(Engine(model, TOKENIZER, max_batch=1)).start()
+    silence(service.engine)
+
+    async def late():
+        job, turns = service.submit([[1, 2, 3]], max_tokens=40), 0
+        while service.open: await asyncio.sleep(.02)
+        async def others():
+            nonlocal turns
+            while True: turns += 1; await asyncio.sleep(0)
+        beside = asyncio.create_task(others())
+        pieces = [piece async for piece in job.pieces()]
+        beside.cancel()
+        return len(pieces), turns
+    pieces, turns = asyncio.run(late())
+    service.stop()
+    assert turns >= pieces - 1 > 10
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("leave", ["before the answer begins", "when it begins"])
 def test_client_that_leaves_before_the_first_word_gives_its_place_back(model, stream, leave):
@@ -254,23 +274,27 @@ def test_a_step_reads_a_piece_or_lets_rows_in(model):
 
 def test_a_piece_is_as_long_as_patience_allows(model):
     service = Service(Engine(model, TOKENIZER))
+    engine = service.engine
 
-    def read(step, start, token, at_most=10_000):
+    def read(step, start, token, prompt=math.inf):
         "Pieces that cost so many seconds, beside steps that do"
         for _ in range(9): service.pace(step, 0)
-        for _ in range(30): service.pace(step + start + token * min(service.engine.piece_tokens, at_most), min(service.engine.piece_tokens, at_most))
-        return service.engine.piece_tokens
+        for _ in range(30):
+            engine.reading, n = "more" if prompt > engine.piece_tokens else None, min(engine.piece_tokens, prompt)
+            service.pace(step + start + token * n, n)
+        return engine.piece_tokens
     assert abs(read(.010, .004, .0001) - (PATIENCE * .010 - .014) / .0001) <= 2
-    assert read(.020, .004, .0001) > 150, "slower steps leave more room"
+    assert (long := read(.020, .004, .0001)) > 150, "slower steps leave more room"
+    assert read(.020, .004, .0001, prompt=8) == long, "short prompts say little about longer pieces"
+    assert read(.010, .004, .0001, prompt=120) < 120, "unless they take too long"
     assert read(.002, .004, .0001) == SHORTEST_PIECE, "where nothing is short enough, not one by one"
-    assert read(.010, .004, .0001, at_most=8) < 40, "short prompts say little about longer pieces"
 
 
 def test_the_server_measures_its_pieces(model):
     with Server(model) as server:
         slow(server)
         with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", max_tokens=60, stream=True), timeout=60) as answer:
-            next(lines := answer.iter_lines())
+            for _, _ in zip(range(10), lines := answer.iter_lines()): continue
             assert complete(server, prompt=[7] * 200, max_tokens=1).status_code == 200
             assert server.service.engine.piece_tokens > 2 * SHORTEST_PIECE, "beside such slow steps a longer piece goes unnoticed"
             list(lines)
