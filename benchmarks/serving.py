@@ -5,23 +5,45 @@ python benchmarks/serving.py [--depth 4] [--streams 16] [--new 200] [--prompt 15
 The server runs in a process of its own, as it would; the clients here read its streams over HTTP. Throughput is all tokens of a round divided by its time.
 The time between tokens is that of one stream; meanwhile a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer.
 """
-import argparse, asyncio, json, multiprocessing, os, statistics, time
+import argparse, asyncio, contextlib, gc, json, multiprocessing, os, statistics, time
+from collections import Counter
 
 
-def serve(args, ready) -> None:
+def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, queue: int = 64, length: int = 2048, log: str = None) -> None: # log: file for its complaints
     "A server with a random model on a free port"
+    if log: os.dup2(os.open(log, os.O_WRONLY), 2)
     import torch, uvicorn
     from inference import random_model
     from nanochat.engine import Engine
     from nanochat.serve import Service, make_app, open_port
     from nanochat.tokenizer import Tokenizer
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     tokenizer = Tokenizer.train(["hello world, how are you? " * 40], 290)
-    engine = Engine(random_model(args.depth, args.vocab_size, 2048).requires_grad_(False), tokenizer, max_batch=32)
+    engine = Engine(random_model(depth, vocab_size, length).requires_grad_(False), tokenizer, max_batch=slots)
     engine.notable[:], engine.stops = False, set()  # noise should not end it
     listening = open_port("127.0.0.1", 0)
     ready.send(listening.getsockname()[1])
-    uvicorn.Server(uvicorn.Config(make_app(Service(engine), chat_page=False), log_level="error")).run(sockets=[listening])
+    app = make_app(Service(engine, queue_limit=queue), chat_page=False)
+
+    @app.get("/objects")
+    async def objects(): # of this project's classes, and tasks of the event loop: those that outlive their request are a leak
+        gc.collect()
+        return Counter(type(thing).__name__ for thing in gc.get_objects() if str(type(thing).__module__).startswith("nanochat")) | Counter(tasks=len(asyncio.all_tasks()))
+    uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=3)).run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def server(**options):
+    "Such a server in a process of its own: its port and its process"
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,), kwargs=options, daemon=True)
+    process.start()
+    theirs.close()  # so that a server that fails ends the waiting, too
+    try: yield mine.recv(), process
+    finally:
+        process.terminate()
+        process.join(10)
 
 
 async def stream(client, prompt: list[int], new: int, seed: int) -> list[float]:
@@ -76,13 +98,7 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--record", help="write the figures to this JSON file")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(args, theirs), daemon=True)
-    server.start()
-    theirs.close()  # so that a server that fails ends the waiting, too
-    try: found = asyncio.run(measure(args, mine.recv()))
-    finally: server.terminate()
+    with server(depth=args.depth, vocab_size=args.vocab_size, threads=args.threads) as (port, _): found = asyncio.run(measure(args, port))
     print(f"depth {args.depth}: one stream {found['one']:,.0f} tokens/s, {args.streams} streams {found['many']:,.0f} together: {found['ratio']:.1f} times as many")
     print(f"a prompt of {args.prompt} tokens arrives: {found['gap_ms']:.1f} ms between the tokens of a running stream, at most {found['longest_gap_ms']:.1f} meanwhile: {found['gap_ratio']:.1f} times")
     if args.record: open(args.record, "w").write(json.dumps(dict(settings=vars(args) | dict(torch=__import__("torch").__version__), results=found), indent=1) + "\n")

@@ -204,7 +204,7 @@ class Engine:
         self.piece_tokens = math.inf # most tokens read between two tokens of the rows at work
         self.state, self.rows, self.holes, self.waiting = np.zeros(max_batch, _STATE), [], [], deque() # rows[i] is in slot i; holes: slots whose row has ended
         self.seen, self.reading, self.probe = None, None, None # seen: tokens of each slot's text, if a penalty asks
-        self.memory, self.counts = Memory(4 * self.max_len if memory_tokens is None else memory_tokens), Counter() # counts: tokens read, reused, shared, written
+        self.memory, self.counts = Memory(4 * self.max_len if memory_tokens is None else memory_tokens), Counter() # counts: tokens read, reused, shared, computed (with padding), written
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], special["<|bos|>"]}
         self.call, self.call_end, self.output, self.output_end = (special[f"<|{name}|>"] for name in ("python_start", "python_end", "output_start", "output_end"))
@@ -351,6 +351,7 @@ def _prefill(self: Engine,
     piece = reading.ids[:, reading.at:reading.at + max(1, tokens // len(reading.ids))]
     if piece.size(1): self._echo(reading, self.weights.hidden(piece, cache=reading.cache))
     reading.at += piece.size(1)
+    self.counts["computed"] += piece.numel()
     if reading.at < reading.new: return
     reading.cache.lengths.copy_(reading.lengths)
     for i, rows in enumerate(reading.groups.values()):
@@ -418,13 +419,12 @@ def _move(self: Engine, slot: int, to: int) -> None:
 def _admit(self: Engine) -> None:
     "Let waiting rows into free slots, then close the gaps"
     if self.waiting: self._make_room()
-    others_wait, pieces = len(self.holes) < len(self.rows), 0
+    others_wait = len(self.holes) < len(self.rows)
     while self.waiting and (self.holes or len(self.rows) < self.max_batch):
         first = self.waiting[0]
         if first.source is None and len(first.prompt) > 1:
-            if others_wait and pieces: break
             self._prefill(min(self.prefill_tokens, self.piece_tokens) if others_wait else self.prefill_tokens)
-            pieces += 1
+            if others_wait: break # what has been read joins at the next step
             continue
         slots = [*self.holes, *range(len(self.rows), self.max_batch)]
         together = list(islice(takewhile(lambda row: row.prompt is first.prompt, self.waiting), len(slots)))

@@ -1,5 +1,5 @@
 "The chat command and the server: what they answer, refuse and survive"
-import asyncio, contextlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
+import asyncio, contextlib, json, math, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from nanochat.checkpoint import save_checkpoint
 from nanochat.common import NanochatError, Run
 from nanochat.engine import Engine, TextStream, readable_text
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.serve import LARGEST_BODY, Service, make_app, open_port, show_calls, token_name
+from nanochat.serve import LARGEST_BODY, PATIENCE, SHORTEST_PIECE, Service, make_app, open_port, show_calls, token_name
 from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,6 +181,26 @@ def test_an_answer_that_nobody_reads_gives_its_place_back(model):
     service.stop()
 
 
+def test_who_catches_up_with_an_answer_lets_the_others_have_their_turn(model):
+    "Pieces that have piled up go out one in a turn of the loop, which so hears of it when the client has left"
+    service = Service(Engine(model, TOKENIZER, max_batch=1)).start()
+    silence(service.engine)
+
+    async def late():
+        job, turns = service.submit([[1, 2, 3]], max_tokens=40), 0
+        while service.open: await asyncio.sleep(.02)
+        async def others():
+            nonlocal turns
+            while True: turns += 1; await asyncio.sleep(0)
+        beside = asyncio.create_task(others())
+        pieces = [piece async for piece in job.pieces()]
+        beside.cancel()
+        return len(pieces), turns
+    pieces, turns = asyncio.run(late())
+    service.stop()
+    assert turns >= pieces - 1 > 10
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("leave", ["before the answer begins", "when it begins"])
 def test_client_that_leaves_before_the_first_word_gives_its_place_back(model, stream, leave):
@@ -222,6 +242,62 @@ def test_many_users_at_once_get_their_own_answers(server):
     async def crowd():
         async with httpx.AsyncClient(timeout=60) as client: return await asyncio.gather(*[ask(client, i) for i in range(8)])
     assert asyncio.run(crowd()) == [server.post(max_tokens=8, seed=i).json()["choices"][0]["message"]["content"] for i in range(8)]
+
+
+def test_a_request_takes_no_thread_of_its_own(model):
+    with Server(model) as server:
+        known = set(threading.enumerate())
+        assert server.post().status_code == server.post(max_tokens=1).status_code == 200
+        assert set(threading.enumerate()) == known
+
+
+def test_a_long_prompt_moves_nothing_of_the_answers_at_work(model):
+    "On a CPU the cache has its full size from the start: to grow it in the middle of answers holds them all up"
+    with Server(model) as server:
+        place = server.service.engine.cache.k.data_ptr()
+        for asked in (dict(prompt="a", max_tokens=2), dict(prompt=[5] * 250, n=4, max_tokens=2)): assert complete(server, **asked).status_code == 200
+        assert server.service.engine.cache.k.data_ptr() == place
+
+
+def test_a_step_reads_a_piece_or_lets_rows_in(model):
+    "Both together would hold up the answers at work for longer than either"
+    engine, happened = Engine(model, TOKENIZER, max_batch=4), []
+    engine.piece_tokens, engine.stops, engine.notable[:] = 16, set(), False
+    for name in ("_prefill", "_join"): setattr(engine, name, lambda *given, name=name, real=getattr(engine, name): (happened[-1].append(name), real(*given))[1])
+    [running], late = engine.submit([5] * 8, max_tokens=40), None
+    for step in range(20):
+        if step == 3: [late] = engine.submit(list(range(60)), max_tokens=4)
+        happened.append([])
+        engine.step()
+    assert happened[3:8] == [["_prefill"]] * 4 + [["_join"]] and len(late.ids) == 4 and len(running.ids) == 20
+
+
+def test_a_piece_is_as_long_as_patience_allows(model):
+    service = Service(Engine(model, TOKENIZER))
+    engine = service.engine
+
+    def read(step, start, token, prompt=math.inf):
+        "Pieces that cost so many seconds, beside steps that do"
+        for _ in range(9): service.pace(step, 0)
+        for _ in range(30):
+            engine.reading, n = "more" if prompt > engine.piece_tokens else None, min(engine.piece_tokens, prompt)
+            service.pace(step + start + token * n, n)
+        return engine.piece_tokens
+    assert abs(read(.010, .004, .0001) - (PATIENCE * .010 - .014) / .0001) <= 2
+    assert (long := read(.020, .004, .0001)) > 150, "slower steps leave more room"
+    assert read(.020, .004, .0001, prompt=8) == long, "short prompts say little about longer pieces"
+    assert read(.010, .004, .0001, prompt=120) < 120, "unless they take too long"
+    assert read(.002, .004, .0001) == SHORTEST_PIECE, "where nothing is short enough, not one by one"
+
+
+def test_the_server_measures_its_pieces(model):
+    with Server(model) as server:
+        slow(server)
+        with httpx.stream("POST", server.url + "/v1/completions", json=dict(prompt="a", max_tokens=60, stream=True), timeout=60) as answer:
+            for _, _ in zip(range(10), lines := answer.iter_lines()): continue
+            assert complete(server, prompt=[7] * 200, max_tokens=1).status_code == 200
+            assert server.service.engine.piece_tokens > 2 * SHORTEST_PIECE, "beside such slow steps a longer piece goes unnoticed"
+            list(lines)
 
 
 def test_engine_failure_is_told_and_survived(model, capfd):
