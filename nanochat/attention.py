@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GATE_CHANNELS', 'attend', 'norm', 'Linear', 'rotary_tables', 'apply_rotary', 'visible', 'attend_window',
-           'attend_blocks', 'CacheStep', 'untouched_zeros', 'KVCache', 'CausalSelfAttention']
+           'attend_blocks', 'CacheStep', 'untouched_zeros', 'values_memory', 'look_back', 'KVCache',
+           'CausalSelfAttention']
 
 # %% ../nbs/05_attention.ipynb #173df4b4
 import math
@@ -130,7 +131,31 @@ def untouched_zeros(
     if device is not None and torch.device(device).type != 'cpu': return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
-# %% ../nbs/05_attention.ipynb #c57547e8
+# %% ../nbs/05_attention.ipynb #2561f794
+def values_memory(
+    shape: tuple[int, ...], # (L, B, Hkv, Tmax, D)
+    dtype: torch.dtype,
+    device: torch.device | None,
+) -> Tensor: # zeros
+    "Memory for values; on a CPU, the tokens of one channel lie side by side"
+    *heads, length, width = shape
+    if device is not None and torch.device(device).type != 'cpu': return untouched_zeros(shape, dtype, device)
+    return untouched_zeros((*heads, width, length), dtype, device).mT
+
+def look_back(
+    q: Tensor, # (B, H, T, D)
+    k: Tensor, # (B, Hkv, S, D) from a cache, like v
+    v: Tensor, # (B, Hkv, S, D)
+    mask: Tensor = None, # as in `attend`
+) -> Tensor: # (B, H, T, D)
+    "`attend`, where keys and values come from a cache; on a CPU, a single query takes two products with a column"
+    if q.size(2) > 1 or q.device.type != 'cpu': return attend(q, k, v if v.stride(-1) == 1 else v.contiguous(), mask)
+    queries = q.view(len(q), k.size(1), -1, q.size(3)) # (B, Hkv, H/Hkv, D)
+    scores = (k @ queries.mT).mT * q.size(3)**-0.5 # (B, Hkv, H/Hkv, S)
+    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    return (v.mT @ scores.softmax(-1).mT).mT.reshape(q.shape)
+
+# %% ../nbs/05_attention.ipynb #383aad07
 class KVCache:
     "Keys and values of the tokens seen so far; every row has its own length"
     def __init__(
@@ -141,9 +166,9 @@ class KVCache:
         device = None,
         dtype = torch.float32, # the model's compute dtype
     ):
-        shape = config.n_layer, batch_size, config.n_kv_head, max_len, config.n_embd // config.n_head
-        self.k = untouched_zeros(shape, dtype, device) # (L, B, Hkv, Tmax, D)
-        self.v = untouched_zeros(shape, dtype, device)
+        heads, width = (config.n_layer, batch_size, config.n_kv_head), config.n_embd // config.n_head
+        self.k = untouched_zeros((*heads, max_len, width), dtype, device) # (L, B, Hkv, Tmax, D)
+        self.v = values_memory((*heads, max_len, width), dtype, device) # the same shape
         self.ids = torch.zeros(1, batch_size, 1, max_len, 1, device=device, dtype=torch.int64) # the tokens, laid out as k is
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64) # tokens held in each row
         self.max_len, self.step = max_len, None
@@ -294,5 +319,5 @@ def forward(self:CausalSelfAttention,
     if self.qk_scale != 1: q = q * self.qk_scale**2 # once for the query and once for the key
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if cache is None: y = (attend_blocks if x.device.type == 'cpu' else attend_window)(q, k, v, self.window)
-    else: y = attend(q, *cache.update(self.layer, k, v, self.window), cache.sight(self.window)[1])
+    else: y = look_back(q, *cache.update(self.layer, k, v, self.window), cache.sight(self.window)[1])
     return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))

@@ -216,18 +216,20 @@ class Engine:
         "Whether any row is at work or waiting"
         return bool(self.waiting) or len(self.holes) < len(self.rows)
 
-# %% ../nbs/14_engine.ipynb #3bc7132e
+# %% ../nbs/14_engine.ipynb #a448ee95
 @patch
 def refresh(self: Engine) -> None:
-    "Take the model's present weights: as they are where their format fits, else cast into a copy"
-    if self.source.lm_head.weight.dtype == self.dtype:
-        self.weights = copy.copy(self.source) # shares every weight with the model, but not its compute_dtype
-        self.weights.compute_dtype = self.dtype
-    elif self.weights is None: self.weights = copy.deepcopy(self.source).to_inference(self.dtype)
-    else:
-        with torch.no_grad():
-            for mine, theirs in zip(self.weights.parameters(), self.source.parameters()): mine.copy_(theirs)
-    if self.memory.texts and not torch.equal(self._probe(), self.probe): self.memory.texts.clear() # other weights would have read them differently
+    "Take the model's present weights, unless they are those it has: shared and packed, shared, or cast into a copy"
+    probe = self._probe()
+    if self.weights is not None and torch.equal(probe, self.probe): return
+    self.probe = probe
+    self.memory.texts.clear() # other weights would have read them differently
+    if self.source.lm_head.weight.dtype != self.dtype:
+        if self.weights is None: self.weights = copy.deepcopy(self.source).to_inference(self.dtype)
+        for mine, theirs in zip(self.weights.parameters(), self.source.parameters()): mine.data.copy_(theirs.data)
+    elif self.dtype == torch.float32 and self.device.type == "cpu" and torch.backends.mkldnn.is_available(): self.weights = self.source.packed()
+    else: self.weights = copy.copy(self.source) # shares every weight with the model, but not its compute_dtype
+    self.weights.compute_dtype = self.dtype
 
 @patch
 def _probe(self: Engine) -> Tensor: # (numbers,) float32
@@ -490,7 +492,7 @@ def step(self: Engine) -> tuple[list[Row], list[int], list[int]]: # rows that to
     for i in np.flatnonzero(happened).tolist(): self._notice(i, rows[i], words[i], masks[i])
     return rows, words, masks
 
-# %% ../nbs/14_engine.ipynb #0ee71990
+# %% ../nbs/14_engine.ipynb #110621de
 def last_call(
     ids: list[int], # a reply, whose last token ends a call
     start: int, # token that begins one
@@ -499,7 +501,7 @@ def last_call(
     begin = len(ids) - ids[::-1].index(start) if start in ids else len(ids)
     return ids[begin:-1]
 
-# %% ../nbs/14_engine.ipynb #c9c8e5fb
+# %% ../nbs/14_engine.ipynb #059614f0
 @patch
 def _notice(self: Engine, i: int, row: Row, token: int, mask: int) -> None:
     "What happens to row `i` after a stop, the end of a tool call, a forced token, or its last token"
@@ -523,7 +525,6 @@ def _leave(self: Engine, i: int, row: Row) -> None:
     self.holes.append(i)
     length = len(row.prompt) + int(self.state[i]["step"]) - 1 # the last token was chosen, but not read
     if not row.remember or not WORTH_REUSING <= length <= self.memory.limit: return
-    if not self.memory.texts: self.probe = self._probe()
     held = self.weights.make_cache(1, length)
     held.copy_from(self.cache, i, 0)
     self.memory.keep(np.array((row.prompt + row.ids)[:length]), held)

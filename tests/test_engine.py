@@ -82,6 +82,32 @@ def test_an_engine_in_bfloat16_leaves_a_float32_model_as_it_is(fields):
     assert shared.generate([[5, 6, 7]], max_tokens=6, temperature=0)[0][0].ids == sample.ids and shared.weights.lm_head is engine.weights.lm_head
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("fields", [{}, dict(recipe="modern")], ids=["classic", "modern"])
+def test_the_packed_twin_gives_the_logits_of_the_training_path(fields, rows):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(3, vocab_size=256, sequence_len=64, n_embd=128, n_head=4, n_kv_head=2, **fields)).eval().requires_grad_(False)
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.08 if parameter.ndim > 1 else .7)
+    twin, ids = model.packed(), torch.randint(256, (rows, 40))
+    assert type(twin.lm_head).__name__ == "PackedLinear" and all(a is b for a, b in zip(twin.parameters(), model.parameters()))
+    cache, plain, found = twin.make_cache(rows, 40), model(ids), []
+    for piece in ids[:, :20], *ids[:, 20:].split(1, dim=1): found.append(twin(piece, cache=cache))
+    torch.testing.assert_close(torch.cat(found, 1), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_an_engine_takes_weights_that_training_has_changed():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(2, vocab_size=V, sequence_len=64, n_embd=128, n_head=2)).requires_grad_(False)
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.12)
+    engine, prompts = deaf(model), [[5, 6, 7], [8] * 9]
+    for _ in range(2):
+        assert [s.ids for [s] in engine.generate(prompts, max_tokens=8, temperature=0)] == [naive(model, p, 8)[len(p):] for p in prompts]
+        weights = engine.weights
+        engine.refresh()
+        assert engine.weights is weights, "nothing has changed, nothing is packed again"
+        model.transformer.h[1].mlp.c_fc.weight.neg_()
+
+
 def test_small_prefill_passes_change_nothing(model):
     prompts, engine = ragged(9), deaf(model, max_batch=4)
     engine.prefill_tokens = 60
