@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device',
-           'pick_dtype', 'keep_freed_memory', 'Compute', 'get_dist_info', 'compute_init', 'compute_cleanup',
-           'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections', 'load_profile', 'describe_machine',
-           'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value', 'build_parser', 'resolve_options',
-           'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command', 'die_with_parent', 'launch',
-           'parse_override']
+           'pick_dtype', 'keep_freed_memory', 'Compute', 'remove_torn_libraries', 'get_dist_info', 'compute_init',
+           'compute_cleanup', 'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections', 'load_profile',
+           'describe_machine', 'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value', 'build_parser',
+           'resolve_options', 'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command', 'die_with_parent',
+           'launch', 'parse_override']
 
-# %% ../nbs/00_common.ipynb #6e6c093a
-import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, sys, time, traceback
+# %% ../nbs/00_common.ipynb #45cb9d34
+import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, struct, sys, time, traceback
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cache, wraps
@@ -130,7 +130,20 @@ class Compute:
         "Wait until every process has come here"
         if self.world_size > 1: dist.barrier()
 
-# %% ../nbs/00_common.ipynb #f2b6498c
+# %% ../nbs/00_common.ipynb #a7167074
+def remove_torn_libraries(
+    folder: Path, # where torch.compile keeps what it made
+) -> list[str]: # names
+    "Remove libraries that a compiler was killed over; those of the last five seconds may still be in the making"
+    torn = []
+    for path in (path for path in folder.glob("*/*.so") if time.time() - path.stat().st_mtime > 5):
+        with open(path, "rb") as f: head = f.read(64).ljust(64, b"\0")
+        (table,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)  # ELF-64: e_shoff, e_shentsize, e_shnum
+        if head[:4] in (b"\x7fELF", b"\0" * 4) and path.stat().st_size < max(64, table + size * count): torn.append(path)
+    for path in torn: path.unlink(missing_ok=True)
+    return [path.name for path in torn]
+
+# %% ../nbs/00_common.ipynb #44310b7d
 def get_dist_info() -> tuple[int, int, int]:
     "Rank, local rank and world size, from the variables that `torchrun` sets"
     return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -144,6 +157,7 @@ def compute_init(
     rank, local_rank, world_size = get_dist_info()
     target = pick_device(device)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compiled"))  # what torch.compile made, kept between stages
+    remove_torn_libraries(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
     if target.type == "cuda":
         target = torch.device("cuda", local_rank)
         torch.cuda.set_device(target)
@@ -365,7 +379,7 @@ def lock(self: Run):
         try: yield
         finally: f.truncate(0)
 
-# %% ../nbs/00_common.ipynb #86ea662c
+# %% ../nbs/00_common.ipynb #a4068ff4
 import threading
 
 @patch
@@ -450,7 +464,7 @@ class Stage:
         try: return self.execute(run, profile, name, values, compute)
         finally: compute_cleanup()
 
-# %% ../nbs/00_common.ipynb #a6b6b01a
+# %% ../nbs/00_common.ipynb #7d3ad059
 @patch(as_prop=True)
 def section(self: Stage) -> str:
     "The stage's key in a profile: its name up to the option in it, as in `eval_{stage}` → `eval`"
@@ -516,7 +530,7 @@ def stage(
     "Make a stage of a function `(run, compute, *, option=default, …) -> results`"
     return lambda func: Stage(func, name, after, always)
 
-# %% ../nbs/00_common.ipynb #21b6d816
+# %% ../nbs/00_common.ipynb #cab14710
 def module_command(
     nproc: int, # processes on this machine
 ) -> list[str]: # first words of a command
