@@ -4,7 +4,8 @@ python benchmarks/ablation.py --record runs_recorded/ablation.json     # the kin
 python benchmarks/ablation.py --profile realdata --data FOLDER         # your own text: a folder in the hub's layout
 
 Equal tokens first. Then every model whose step takes longer or shorter than the classic one's by over 2% is trained again, for as many steps as fit into
-the same time. How long a step takes is measured step against step: one of the classic model, one of the other, in turns, so that other work on the machine counts for both.
+the same time. How long a step takes is measured step against step: one of the classic model, one of the other, in turns, so that other work on the machine counts for
+both; on a CPU in seconds of the processor.
 
 Whatever is finished is kept: the same command again goes on where it stopped, and another --run starts over. A seed changes the first
 weights, not the order of the text: the spread does not hold what another order would add. With --steps on the kindergarten's text stay below
@@ -56,17 +57,18 @@ def train(run: Run, compute: Compute, options: dict, name: str, fields: dict, se
     return result
 
 
-def step_ratio(run: Run, compute: Compute, options: dict, name: str, pairs: int = 15) -> float: # against the classic model
+def step_ratio(run: Run, compute: Compute, options: dict, name: str, pairs: int = 40) -> float: # against the classic model
     "How many times as long a step takes: the median of pairs of steps, one right after the other; kept like a result"
     file, settings = ("ablation", f"{name}_step_ratio.json"), options | dict(fields=VARIANTS[name], pairs=pairs)
     if run.path(*file).exists() and (known := run.read_json(*file))["settings"] == settings: return known["ratio"]
     torch._dynamo.reset()
     trainers, times = [new_trainer(run, compute, options, each, VARIANTS[each], 0) for each in ("classic", name)], ([], [])
+    clock = time.process_time if compute.device.type == "cpu" else time.perf_counter
     for _ in range(3 + pairs):
         for trainer, taken in zip(trainers, times):
-            start = time.perf_counter()
+            start = clock()
             trainer.train_step(1.0)
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     result = dict(settings=settings, ratio=statistics.median(other / classic for classic, other in list(zip(*times))[3:]))  # the first steps compile
     run.write_json(result, *file)
     return result["ratio"]
