@@ -414,7 +414,7 @@ def test_senseless_settings_are_refused_by_name(model, settings):
 def test_samples_of_a_prompt_are_read_once(model):
     engine = deaf(model, max_batch=4)
     engine.generate([[5] * 20, [6] * 30], num_samples=9, max_tokens=3)
-    assert engine.counts == dict(read=19 + 29, reused=0, shared=8 * (19 + 29), written=2 * 9 * 3)
+    assert engine.counts == dict(read=19 + 29, reused=0, shared=8 * (19 + 29), computed=2 * 29, written=2 * 9 * 3)
 
 
 @pytest.mark.parametrize("fields", SWITCHES.values(), ids=SWITCHES)
