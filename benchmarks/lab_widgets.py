@@ -167,10 +167,9 @@ def twins(found: list[dict], lesson: str, folder: Path, pictures: Path | None):
     page = Lab((folder / f"{lesson}.html").as_uri(), folder / "browser_twin")
     try:
         page.wide()
-        page.until("return document.readyState == 'complete' && document.querySelector('.jp-Cell')", 120)
+        page.until("return !!document.querySelector('.jp-Cell')", 120)
         for one in found:
             output = f"document.querySelectorAll('.jp-Cell')[{one['cell']}].querySelector('.jp-OutputArea-output:last-child, .jp-OutputArea-child:last-child .jp-OutputArea-output')"
-            shown = f"const e = {output}; return e ? e.innerText.trim() + e.querySelectorAll('svg, img').length : ''"
             first = page.js(f"return {output}?.getBoundingClientRect().height > 20 && {output}.innerText.trim()")
             one["twin"] = bool(first)
             page.picture(pictures / f"{lesson}_{one['cell']:03}_4_twin.png" if pictures else None, output)
