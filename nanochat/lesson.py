@@ -195,7 +195,7 @@ def card(title: str, # plain text
 ) -> str:
     "A small HTML box with a coloured edge, readable on light and dark pages"
     return (f'<div style="border-left:5px solid {colour};padding:.4em .9em;margin:.3em 0;background:rgba(128,128,128,.10)">'
-            f'<b style="color:{colour}">{html.escape(title)}</b><br>{body}</div>')
+            f'<b>{html.escape(title)}</b><br>{body}</div>')
 
 @dataclass
 class Verdict:
