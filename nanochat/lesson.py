@@ -513,13 +513,13 @@ class Prediction(Twin):
         "Remember a guess, unless this session has shown the answer"
         if self.name not in _revealed: remember('predictions', self.name, guess=float(guess), unit=self.unit)   # no guessing after the answer
     def __repr__(self) -> str: return f'Predict: {self.name}, in {self.unit}? ' + (f'Your guess: {self.guess:g}' if self.guess is not None else 'No guess yet.')
-    def static(self) -> str:
-        ask = 'Say a number before you run the next cell. To keep it, add <code>guess=…</code> to the call.'
+    def static(self, how: str = 'To keep it, add <code>guess=…</code> to the call.') -> str:
+        ask = 'The answer has been shown: no guess counts any more.' if self.name in _revealed else f'Say a number before you run the next cell. {how}'
         known = ask if self.guess is None else f'Your guess: <b>{self.guess:g}</b>.'
         return card('Predict, then run', f'{html.escape(self.name)}, in {html.escape(self.unit)}? {known}', '#6a1b9a')
     def live(self):
         import ipywidgets as w
-        box, button, view = w.FloatText(self.guess or 0, layout=w.Layout(width='8em')), w.Button(description='this is my guess'), w.HTML(self.static())
+        box, button, view = w.FloatText(self.guess or 0, layout=w.Layout(width='8em')), w.Button(description='this is my guess'), w.HTML(self.static('Type it below.'))
         def click(_):
             self.keep(box.value)
             view.value = self.static()
