@@ -674,7 +674,7 @@ def zoo_cell(value, kind: str = 'td', style: str = '') -> str:
 @patch
 def table(self: Zoo) -> str:
     "The symptoms, one row a cage, and the possible causes"
-    red = lambda name, value: 'color:#c62828;font-weight:bold' if value != self.healthy[name] else ''
+    red = lambda name, value: 'color:#e53935;font-weight:bold' if value != self.healthy[name] else ''
     rows = ['<tr>' + zoo_cell('', 'th') + ''.join(zoo_cell(name, 'th') for name in self.healthy)]
     for label, seen in [('healthy', self.healthy)] + [(f'cage {i}', symptoms) for i, symptoms in enumerate(self.symptoms, 1)]:
         rows.append(zoo_cell(label, 'th') + ''.join(zoo_cell(seen[name], 'td', red(name, seen[name])) for name in self.healthy))
