@@ -201,7 +201,7 @@ def card(title: str, # plain text
 ) -> str:
     "A small HTML box with a coloured edge, readable on light and dark pages"
     return (f'<div style="border-left:5px solid {colour};padding:.4em .9em;margin:.3em 0;background:rgba(128,128,128,.10)">'
-            f'<b style="color:{colour}">{html.escape(title)}</b><br>{body}</div>')
+            f'<b>{html.escape(title)}</b><br>{body}</div>')
 
 @dataclass
 class Verdict:
@@ -462,10 +462,11 @@ def pages_html(pages: list[str], # HTML of each
     "A row of radio buttons that show one page at a time, by CSS alone"
     key = 'p' + hashlib.sha256(''.join([*pages, hint]).encode()).hexdigest()[:10]   # a name that no other widget on the page has
     shown = ','.join(f'.{key}>input:nth-of-type({i}):checked~div:nth-of-type({i})' for i in range(1, len(pages) + 1))
-    style = f'<style>.{key}>div{{display:none}}{shown}{{display:block!important}}</style>'
+    style = f'<style>.{key}>div,.{key}>p{{display:none}}{shown}{{display:block!important}}</style>'
+    untrusted = f'<p>Page 1 of {len(pages)}: run the cell or trust the notebook to see it as it is meant, and the others.</p>'   # where a front end drops the style
     dots = ''.join(f'<input type="radio" name="{key}" aria-label="{html.escape(label)}" title="{html.escape(label)}"{" checked" * (i == 0)}>' for i, label in enumerate(labels))
-    body = ''.join(f'<div>{page}</div>' for page in pages)
-    return f'<div class="{key}">{style}{dots} <small>click a dot, then use the arrow keys: {html.escape(hint)}</small>{body}</div>'
+    body = ''.join(f'<div{" hidden" * (i > 0)}>{page}</div>' for i, page in enumerate(pages))
+    return f'<div class="{key}">{style}{dots} <small>click a dot, then use the arrow keys: {html.escape(hint)}</small>{untrusted}{body}</div>'
 
 # %% ../nbs/24_lesson.ipynb #dac9b395
 def printable(piece: bytes) -> str:
@@ -518,13 +519,13 @@ class Prediction(Twin):
         "Remember a guess, unless this session has shown the answer"
         if self.name not in _revealed: remember('predictions', self.name, guess=float(guess), unit=self.unit)   # no guessing after the answer
     def __repr__(self) -> str: return f'Predict: {self.name}, in {self.unit}? ' + (f'Your guess: {self.guess:g}' if self.guess is not None else 'No guess yet.')
-    def static(self) -> str:
-        ask = 'Say a number before you run the next cell. To keep it, add <code>guess=…</code> to the call.'
+    def static(self, how: str = 'To keep it, add <code>guess=…</code> to the call.') -> str:
+        ask = 'The answer has been shown: no guess counts any more.' if self.name in _revealed else f'Say a number before you run the next cell. {how}'
         known = ask if self.guess is None else f'Your guess: <b>{self.guess:g}</b>.'
         return card('Predict, then run', f'{html.escape(self.name)}, in {html.escape(self.unit)}? {known}', '#6a1b9a')
     def live(self):
         import ipywidgets as w
-        box, button, view = w.FloatText(self.guess or 0, layout=w.Layout(width='8em')), w.Button(description='this is my guess'), w.HTML(self.static())
+        box, button, view = w.FloatText(self.guess or 0, layout=w.Layout(width='8em')), w.Button(description='this is my guess'), w.HTML(self.static('Type it below.'))
         def click(_):
             self.keep(box.value)
             view.value = self.static()
@@ -679,7 +680,7 @@ def zoo_cell(value, kind: str = 'td', style: str = '') -> str:
 @patch
 def table(self: Zoo) -> str:
     "The symptoms, one row a cage, and the possible causes"
-    red = lambda name, value: 'color:#c62828;font-weight:bold' if value != self.healthy[name] else ''
+    red = lambda name, value: 'color:#e53935;font-weight:bold' if value != self.healthy[name] else ''
     rows = ['<tr>' + zoo_cell('', 'th') + ''.join(zoo_cell(name, 'th') for name in self.healthy)]
     for label, seen in [('healthy', self.healthy)] + [(f'cage {i}', symptoms) for i, symptoms in enumerate(self.symptoms, 1)]:
         rows.append(zoo_cell(label, 'th') + ''.join(zoo_cell(seen[name], 'td', red(name, seen[name])) for name in self.healthy))
