@@ -18,9 +18,8 @@ from .common import Compute, NanochatError, Run, print0, stage
 from .dataloader import Batch
 from .engine import Engine
 from .muon import lr_multiplier, make_optimizers
-from .sft import share_rows
 from .tasks import load_task
-from .train import Trainer, count_supervised, cut_batch
+from .train import Trainer, count_supervised, cut_batch, share_rows
 
 # %% ../nbs/18_grpo.ipynb #4454068e
 def advantages(

@@ -6,7 +6,7 @@
 __all__ = ['CLASSIC', 'validation_bits_per_byte', 'new_model', 'plan_steps', 'known_fields', 'check_kind', 'choose_fields',
            'recipe_from_depth', 'new_trainer', 'main']
 
-# %% ../nbs/11_pretrain.ipynb #95e2c05b
+# %% ../nbs/11_pretrain.ipynb #f95856e0
 import inspect, math
 from dataclasses import fields
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .muon import Schedule, make_optimizers, optimizer_recipe
 from .tokenizer import Tokenizer
 from .train import Trainer, horizon, share_batch
 
-# %% ../nbs/11_pretrain.ipynb #2c3d99d3
+# %% ../nbs/11_pretrain.ipynb #ba961e85
 def validation_bits_per_byte(
     model, # a GPT
     run: Run,
@@ -68,7 +68,7 @@ def plan_steps(
     print0(f"base: {model.num_params():,} parameters, {length}, {compute.world_size} × {compute.device.type}, {str(compute.dtype)[6:]}")
     return num_steps
 
-# %% ../nbs/11_pretrain.ipynb #83b158ec
+# %% ../nbs/11_pretrain.ipynb #c770e4b8
 CLASSIC = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, weight_decay=0.0, warmup=0.0, warmdown=0.2, final_lr=0.0) # the stage's defaults
 
 def known_fields() -> dict[str, set[str]]: # model, optimizers and schedule → names
@@ -103,7 +103,7 @@ def choose_fields(
     rates, schedule = optimizer_recipe(recipe, **given | {name: value for name, value in overrides.items() if name not in model})
     return model | (dict(recipe=recipe) if recipe != "classic" else {}), rates, schedule
 
-# %% ../nbs/11_pretrain.ipynb #dda0a0a7
+# %% ../nbs/11_pretrain.ipynb #a235606a
 def recipe_from_depth(
     depth: int, # L
     ratio: float = 12.0, # tokens for each weight of matrices and unembedding
@@ -120,7 +120,7 @@ def recipe_from_depth(
     return dict(weights=weights, tokens=tokens, steps=tokens // batch, total_batch_size=batch,
                 lr_scale=lr_scale, weight_decay=weight_decay * lr_scale / grown) # arXiv 2405.13698
 
-# %% ../nbs/11_pretrain.ipynb #3685e3cc
+# %% ../nbs/11_pretrain.ipynb #53d8a4eb
 def new_trainer(
     run: Run,
     compute: Compute,
