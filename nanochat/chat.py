@@ -16,9 +16,10 @@ from .engine import Engine, TextStream
 from .tasks import tool_parts
 from .tokenizer import Tokenizer
 
-# %% ../nbs/20_chat.ipynb #3f68a994
+# %% ../nbs/20_chat.ipynb #44660906
 STAGES = ("rl", "sft", "mid", "base") # the best to talk to first
 
+# %% ../nbs/20_chat.ipynb #47876a2a
 def best_stage(
     run: Run,
 ) -> str: # one of STAGES
@@ -27,6 +28,7 @@ def best_stage(
         if step_folders(run.path(stage)): return stage
     raise NanochatError(f"run '{run.name}': no stage has a checkpoint yet; run: python -m nanochat.pretrain --run {run.name}")
 
+# %% ../nbs/20_chat.ipynb #625dfd03
 def open_engine(
     run: str | None = None, # name of a run; None: the newest
     stage: str | None = None, # base, mid, sft or rl; None: the best there is
@@ -87,7 +89,7 @@ class Chat:
             tokens.close()
             self.messages += [asked, dict(role="assistant", content=tool_parts("".join(heard)))]
 
-# %% ../nbs/20_chat.ipynb #c09867a4
+# %% ../nbs/20_chat.ipynb #7c31fee2
 def _set_temperature(chat: Chat, argument: str) -> str:
     "X  sample with temperature X, from 0 (the likeliest token) to 2"
     try: value = float(argument)
@@ -96,17 +98,20 @@ def _set_temperature(chat: Chat, argument: str) -> str:
     chat.temperature = value
     return f"temperature is {value:g}"
 
+# %% ../nbs/20_chat.ipynb #b4731354
 def _set_top_k(chat: Chat, argument: str) -> str:
     "N  choose among the N likeliest tokens, from 1 to 200"
     if not argument.isdecimal() or not 1 <= int(argument) <= 200: return f"top-k '{argument}': give a whole number from 1 to 200"
     chat.top_k = int(argument)
     return f"top-k is {chat.top_k}"
 
+# %% ../nbs/20_chat.ipynb #d3f76ab9
 def _clear(chat: Chat, argument: str) -> str:
     "   forget the conversation"
     chat.messages.clear()
     return "a new conversation"
 
+# %% ../nbs/20_chat.ipynb #5de62ba3
 def _save(chat: Chat, argument: str) -> str:
     "FILE  write the conversation as one line of JSON, the format of custom training data"
     if not argument: return "save where? /save FILE"
@@ -114,14 +119,16 @@ def _save(chat: Chat, argument: str) -> str:
     except OSError as error: return f"{argument}: not written: {error.strerror}"
     return f"{len(chat.messages)} messages written to {argument}"
 
+# %% ../nbs/20_chat.ipynb #db601a0f
 def _help(chat: Chat, argument: str) -> str:
     "   this list"
     pairs = [(f"/{name} {usage}", text) for name, function in COMMANDS.items() for usage, _, text in [function.__doc__.partition("  ")]]
     return "\n".join(f"{usage:<16}{text.strip()}" for usage, text in [*pairs, ("/exit", "leave, like Ctrl-D"), ("Ctrl-C", "stop an answer")])
 
-# %% ../nbs/20_chat.ipynb #a44d79b3
+# %% ../nbs/20_chat.ipynb #71dc820f
 COMMANDS = {"temperature": _set_temperature, "top-k": _set_top_k, "clear": _clear, "save": _save, "help": _help}
 
+# %% ../nbs/20_chat.ipynb #3737b873
 def run_command(
     chat: Chat,
     line: str, # begins with a slash
@@ -132,9 +139,10 @@ def run_command(
     if name not in COMMANDS: return f"/{name}: unknown; /help shows what there is"
     return COMMANDS[name](chat, argument.strip())
 
-# %% ../nbs/20_chat.ipynb #0495230e
+# %% ../nbs/20_chat.ipynb #25c70bbf
 _CONTROLS = {i: None for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"} # Unicode's category Cc
 
+# %% ../nbs/20_chat.ipynb #78d5ca74
 def say(chat: Chat, text: str) -> None:
     "Print an answer as it comes, without control characters; Ctrl-C stops the answer, not the program"
     pieces = chat.reply(text)
@@ -144,6 +152,7 @@ def say(chat: Chat, text: str) -> None:
     finally: pieces.close()
     print(flush=True)
 
+# %% ../nbs/20_chat.ipynb #f5932764
 def converse(chat: Chat) -> None:
     "Read lines and answer them until /exit or the end of the input"
     while True:
@@ -171,7 +180,7 @@ def keep_lines(
     readline.set_history_length(1000)
     atexit.register(readline.write_history_file, path)
 
-# %% ../nbs/20_chat.ipynb #e5a73444
+# %% ../nbs/20_chat.ipynb #fb887e84
 def build_parser() -> argparse.ArgumentParser:
     "The command line"
     parser = argparse.ArgumentParser(prog="python -m nanochat.chat", description="Talk to a trained model", allow_abbrev=False)
@@ -186,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
+# %% ../nbs/20_chat.ipynb #6628db95
 def main(argv: list[str] | None = None) -> int: # argv: words of the command line, by default this process's; returns the exit status
     "Run the chat as a command"
     args = build_parser().parse_args(argv)

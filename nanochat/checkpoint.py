@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAFETENSORS_TYPES', 'NO_FILE', 'tensor_bytes', 'write_tensors', 'readable', 'read_tensors', 'folder_sync',
-           'share_receipts', 'remove_leftovers', 'publish', 'best_checkpoint', 'remove_folder', 'remove_old',
-           'shard_name', 'write_part', 'save_checkpoint', 'step_folders', 'read_rank_state', 'read_state',
-           'verify_checkpoint', 'last_checkpoint', 'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model',
+           'share_receipts', 'remove_leftovers', 'publish', 'shard_name', 'write_part', 'save_checkpoint',
+           'step_folders', 'read_rank_state', 'read_state', 'verify_checkpoint', 'last_checkpoint', 'best_checkpoint',
+           'remove_folder', 'remove_old', 'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model',
            'describe_checkpoint', 'describe_run', 'main']
 
 # %% ../nbs/08_checkpoint.ipynb #8034e56e
@@ -23,14 +23,16 @@ from .gpt import GPT, GPTConfig
 from .muon import clean_name, load_optimizer_state, optimizer_state
 from .tokenizer import Tokenizer
 
-# %% ../nbs/08_checkpoint.ipynb #3b9cf615
+# %% ../nbs/08_checkpoint.ipynb #6bbf9a5d
 SAFETENSORS_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
                      torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
+# %% ../nbs/08_checkpoint.ipynb #47fdef31
 def tensor_bytes(tensor: Tensor) -> memoryview:
     "The raw bytes of a tensor, in row-major order"
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
+# %% ../nbs/08_checkpoint.ipynb #a09ea5b7
 def write_tensors(
     path: str | Path, # file to write
     tensors: dict[str, Tensor], # name → tensor
@@ -55,7 +57,7 @@ def write_tensors(
         f.flush(); os.fsync(f.fileno())
     return written, digest.hexdigest()
 
-# %% ../nbs/08_checkpoint.ipynb #02179297
+# %% ../nbs/08_checkpoint.ipynb #5fe4fa0a
 @contextlib.contextmanager
 def readable(path: str | Path):
     "Open a safetensors file for reading; raises `NanochatError` if it is missing or damaged"
@@ -66,6 +68,7 @@ def readable(path: str | Path):
     except SafetensorError as error:
         raise NanochatError(f"{path}: damaged ({' '.join(str(error).split())}); remove its folder and use an earlier checkpoint") from error
 
+# %% ../nbs/08_checkpoint.ipynb #c6d7e1da
 def read_tensors(
     path: str | Path, # a safetensors file
     wanted=lambda name: True, # which tensors to read
@@ -73,13 +76,14 @@ def read_tensors(
     "Read the wanted tensors of a file"
     with readable(path) as f: return {name: f.get_tensor(name) for name in f.keys() if wanted(name)}
 
-# %% ../nbs/08_checkpoint.ipynb #bbc47a3a
+# %% ../nbs/08_checkpoint.ipynb #d3c79350
 def folder_sync(path: Path) -> None:
     "Flush a folder's list of names to disk, so that a rename survives a power cut"
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/08_checkpoint.ipynb #664fb4b3
 NO_FILE = 0, "00" * 32  # the receipt of a process that had nothing to write
 
 def share_receipts(
@@ -91,6 +95,7 @@ def share_receipts(
     if receipt: table[compute.rank] = torch.tensor([1, receipt[0], *bytes.fromhex(receipt[1])])
     return [(size, bytes(digest).hex()) if good else None for good, size, *digest in compute.all_reduce(table).tolist()]
 
+# %% ../nbs/08_checkpoint.ipynb #c816942a
 def remove_leftovers(stage_dir: str | Path) -> list[str]: # names removed
     "Tidy up after saves that were cut short: put back what was to be replaced and was not, remove the rest. For the process that trains"
     found = sorted(Path(stage_dir).glob(".step_*.tmp"))
@@ -117,48 +122,12 @@ def publish(
     folder_sync(final.parent)
     if aside: shutil.rmtree(aside)
 
-# %% ../nbs/08_checkpoint.ipynb #57a2b396
-def best_checkpoint(
-    stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
-    measure: str, # name of a measurement, the lower the better
-) -> Path | None: # None if it was never measured
-    "The checkpoint with the lowest measurement, of the readable ones that were measured when they were saved"
-    found = []
-    for path in step_folders(stage_dir):
-        try: state = read_state(path)
-        except NanochatError: continue
-        value = (state.get("values") or {}).get(measure)
-        if state.get("measured") == state["step"] and isinstance(value, float) and math.isfinite(value): found.append((value, path))
-    return min(found)[1] if found else None
-
-def remove_folder(
-    path: Path, # a checkpoint's folder
-) -> None:
-    "Take its name away, then its files: what a kill leaves is a leftover, not half a checkpoint"
-    aside = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    shutil.rmtree(aside)
-
-def remove_old(
-    stage_dir: Path, # folder of the stage
-    step: int, # the checkpoint just written
-    keep: int, # how many to keep, this one included
-    measure: str = "", # keep the one with the lowest measurement of this name, too
-) -> None:
-    "Keep the newest checkpoints up to this step; later ones are of a line of training that was given up"
-    folders = step_folders(stage_dir)
-    for path in folders:
-        if int(path.name[5:]) > step: remove_folder(path)
-    good = [p for p in folders if int(p.name[5:]) <= step][-keep:] + [best_checkpoint(stage_dir, measure)]
-    for path in step_folders(stage_dir):
-        if path not in good: remove_folder(path)
-
-# %% ../nbs/08_checkpoint.ipynb #587f0477
+# %% ../nbs/08_checkpoint.ipynb #d0932b76
 def shard_name(rank: int) -> str:
     "The file with the optimizer state that one process owns"
     return f"optimizer_rank{rank:05d}.safetensors"
 
+# %% ../nbs/08_checkpoint.ipynb #dad19891
 def write_part(
     folder: Path, # temporary folder; the main process makes it
     model, # a GPT, compiled or not
@@ -213,19 +182,21 @@ def save_checkpoint(
     if compute.is_main and keep: remove_old(stage_dir, step, keep, keep_best)
     return final
 
-# %% ../nbs/08_checkpoint.ipynb #c9d5bbaa
+# %% ../nbs/08_checkpoint.ipynb #51e9de15
 def step_folders(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
 ) -> list[Path]: # oldest first
     "The finished checkpoint folders of a stage"
     return sorted((p for p in Path(stage_dir).glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
 
+# %% ../nbs/08_checkpoint.ipynb #82307065
 def read_rank_state(
     shard: str | Path, # an optimizer_rankNNNNN.safetensors
 ) -> dict | None:
     "What the process of this rank kept for itself"
     with readable(shard) as f: return json.loads((f.metadata() or {}).get("rank_state", "null"))
 
+# %% ../nbs/08_checkpoint.ipynb #c5ca2d9e
 def read_state(
     path: str | Path, # checkpoint folder
 ) -> dict:
@@ -238,7 +209,7 @@ def read_state(
         raise NanochatError(f"{file}: not the state of a checkpoint; remove its folder and use an earlier checkpoint")
     return state
 
-# %% ../nbs/08_checkpoint.ipynb #a6275511
+# %% ../nbs/08_checkpoint.ipynb #2c4aaceb
 def verify_checkpoint(
     path: str | Path, # checkpoint folder
     optimizer: bool = True, # check the optimizer's shards as well as the model
@@ -253,6 +224,7 @@ def verify_checkpoint(
         if sha256_file(file) != digest: raise NanochatError(f"{file}: damaged, its SHA-256 is not the one in state.json; remove its folder and use an earlier checkpoint")
     return state
 
+# %% ../nbs/08_checkpoint.ipynb #b14d9bd4
 def last_checkpoint(
     stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
     optimizer: bool = True, # its optimizer shards must be whole too
@@ -263,7 +235,46 @@ def last_checkpoint(
         except NanochatError as error: print0(f"note: checkpoint {path.name} is passed over: {error}")
         else: return path
 
-# %% ../nbs/08_checkpoint.ipynb #35a118c3
+# %% ../nbs/08_checkpoint.ipynb #527d6af0
+def best_checkpoint(
+    stage_dir: str | Path, # base/ mid/ sft/ rl/ of a run
+    measure: str, # name of a measurement, the lower the better
+) -> Path | None: # None if it was never measured
+    "The checkpoint with the lowest measurement, of the readable ones that were measured when they were saved"
+    found = []
+    for path in step_folders(stage_dir):
+        try: state = read_state(path)
+        except NanochatError: continue
+        value = (state.get("values") or {}).get(measure)
+        if state.get("measured") == state["step"] and isinstance(value, float) and math.isfinite(value): found.append((value, path))
+    return min(found)[1] if found else None
+
+# %% ../nbs/08_checkpoint.ipynb #61c528b2
+def remove_folder(
+    path: Path, # a checkpoint's folder
+) -> None:
+    "Take its name away, then its files: what a kill leaves is a leftover, not half a checkpoint"
+    aside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+# %% ../nbs/08_checkpoint.ipynb #88611eae
+def remove_old(
+    stage_dir: Path, # folder of the stage
+    step: int, # the checkpoint just written
+    keep: int, # how many to keep, this one included
+    measure: str = "", # keep the one with the lowest measurement of this name, too
+) -> None:
+    "Keep the newest checkpoints up to this step; later ones are of a line of training that was given up"
+    folders = step_folders(stage_dir)
+    for path in folders:
+        if int(path.name[5:]) > step: remove_folder(path)
+    good = [p for p in folders if int(p.name[5:]) <= step][-keep:] + [best_checkpoint(stage_dir, measure)]
+    for path in step_folders(stage_dir):
+        if path not in good: remove_folder(path)
+
+# %% ../nbs/08_checkpoint.ipynb #1b202955
 def check_tokenizer(
     state: dict, # of a checkpoint
     tokenizer, # the one at hand
@@ -274,6 +285,7 @@ def check_tokenizer(
     if known and known != tokenizer.fingerprint:
         raise NanochatError(f"{path}: made with another tokenizer ({known[:12]} there, {tokenizer.fingerprint[:12]} here); use the run's own tokenizer or train again")
 
+# %% ../nbs/08_checkpoint.ipynb #c3ad904f
 def load_weights(
     model, # a GPT, compiled or not
     path: str | Path, # a model.safetensors
@@ -338,7 +350,7 @@ def load_model(
     model = GPT(config, compute_dtype=pick_dtype(device))
     return model.to(device).eval(), tokenizer, load_checkpoint(path, model, verify=False)
 
-# %% ../nbs/08_checkpoint.ipynb #4e52f4b7
+# %% ../nbs/08_checkpoint.ipynb #89234652
 def describe_checkpoint(
     path: Path, # checkpoint folder
 ) -> dict: # stage, step, tokens, measured, processes, parameters, MB, saved, whole
@@ -352,11 +364,13 @@ def describe_checkpoint(
                 processes=state.get("world_size", ""), parameters=sum(map(math.prod, tensors.values())),
                 MB=round(sum(file.stat().st_size for file in path.iterdir()) / 1e6, 1), saved=state.get("saved", ""), whole=whole)
 
+# %% ../nbs/08_checkpoint.ipynb #4ba0db89
 def describe_run(run: Run) -> list[dict]:
     "The checkpoints of all stages of a run, one row each"
     folders = [p for p in run.dir.iterdir() if step_folders(p)]
     return [describe_checkpoint(path) for stage_dir in sorted(folders, key=lambda p: p.stat().st_mtime) for path in step_folders(stage_dir)]
 
+# %% ../nbs/08_checkpoint.ipynb #73c75e46
 def main(argv: list[str] | None = None) -> None:
     "Print a table of a run's checkpoints"
     parser = argparse.ArgumentParser(prog="python -m nanochat.checkpoint", description=main.__doc__)

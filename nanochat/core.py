@@ -27,7 +27,7 @@ from torch import Tensor
 from .common import Compute, NanochatError
 from .tokenizer import Tokenizer
 
-# %% ../nbs/10_core.ipynb #8567f429
+# %% ../nbs/10_core.ipynb #195e7045
 def take_batches(batches: Iterable, num_batches: int | None = None) -> Iterator:
     "The first `num_batches` of a loader or of any iterable; None is all there are."
     batches = iter(batches)
@@ -38,13 +38,14 @@ def take_batches(batches: Iterable, num_batches: int | None = None) -> Iterator:
         yield batch
         i += 1
 
+# %% ../nbs/10_core.ipynb #66da489e
 def count_bytes(targets: Tensor,      # (…) int64 token ids, -1 where none is wanted
                 token_bytes: Tensor,  # (V,) bytes of each token, 0 for special tokens
                ) -> Tensor:           # (…) int64
     "Bytes of text that each target stands for: 0 for special tokens and for positions without target."
     return torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
 
-# %% ../nbs/10_core.ipynb #8ec4883b
+# %% ../nbs/10_core.ipynb #afcbbfbb
 @torch.no_grad()
 def bits_per_byte(
     model,                     # called with (inputs, targets, reduction='none') → (B, T) nats
@@ -84,13 +85,14 @@ def unigram_bits_per_byte(
     def model(inputs, targets, reduction): return nats.to(targets.device, torch.float32)[targets.clamp(min=0)]
     return bits_per_byte(model, val_batches, token_bytes, compute, num_val)
 
-# %% ../nbs/10_core.ipynb #b66149ed
+# %% ../nbs/10_core.ipynb #6f2ff1dd
 def centered(accuracy: float,  # 0 to 1
              baseline: float,  # of a random guess, in percent, as the bundle gives it
             ) -> float:
     "Accuracy on a scale where 0 is a random guess and 1 is perfect (DCLM, arXiv 2406.11794)."
     return (accuracy - 0.01*baseline)/(1 - 0.01*baseline)
 
+# %% ../nbs/10_core.ipynb #fc9424f2
 @dataclass(frozen=True)
 class CoreTask:
     "One task of the bundle."
@@ -122,7 +124,7 @@ def load_bundle(bundle: Path) -> list[CoreTask]:
                               entry.get('continuation_delimiter', ' '), baselines[label]))
     return tasks
 
-# %% ../nbs/10_core.ipynb #2bfa93a8
+# %% ../nbs/10_core.ipynb #b1a91688
 def load_items(task: CoreTask) -> list[dict]:
     "The items of a task in the fixed order in which they are asked: shuffled with seed 1337 (the reference system, October 2025)."
     items = []
@@ -139,7 +141,7 @@ def load_items(task: CoreTask) -> list[dict]:
     random.Random(1337).shuffle(items)
     return items
 
-# %% ../nbs/10_core.ipynb #39d8f530
+# %% ../nbs/10_core.ipynb #85956b6e
 def draw_shots(items: list[dict], i: int, num_fewshot: int) -> list[dict]:
     "The solved examples before item `i`: drawn with seed 1234+i from all other items (the reference system, October 2025)."
     drawn = random.Random(1234 + i).sample(range(len(items) - 1), min(num_fewshot, len(items) - 1))
@@ -162,12 +164,13 @@ def render_prompts(task: CoreTask, item: dict, shots: list[dict]) -> list[str]:
     prompts = [start + question.render(item=item, delimiter=task.delimiter, option=option) for option in options]
     return [prompts[0].strip(), prompts[1]] if task.kind == 'language_modeling' else prompts  # a space at the end would change the tokens
 
-# %% ../nbs/10_core.ipynb #53af46f4
+# %% ../nbs/10_core.ipynb #b7c3e701
 def common_length(rows: list[list[int]], from_end: bool = False) -> int:
     "How many tokens all rows share at their start, or at their end."
     rows = [row[::-1] for row in rows] if from_end else rows
     return next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
 
+# %% ../nbs/10_core.ipynb #15bf1ccf
 @dataclass
 class Row:
     "One text to score: its tokens, and the span of them that is the answer."
@@ -175,6 +178,7 @@ class Row:
     start: int  # first token of the answer, at least 1
     stop: int   # after its last
 
+# %% ../nbs/10_core.ipynb #7fc05995
 def tokenize_prompts(kind: str, prompts: list[str], tokenizer: Tokenizer,
                      max_len: int = 2**30,  # longer rows lose tokens at their start
                     ) -> list[Row]:
@@ -187,12 +191,13 @@ def tokenize_prompts(kind: str, prompts: list[str], tokenizer: Tokenizer,
     cuts = [max(0, min(len(ids) - max_len, start - 1)) for start, ids in zip(starts, rows)]
     return [Row(ids[cut:cut + max_len], start - cut, min(len(ids) - cut, max_len)) for ids, start, cut in zip(rows, starts, cuts)]
 
-# %% ../nbs/10_core.ipynb #6b5cf7af
+# %% ../nbs/10_core.ipynb #2433b1f2
 def pad_rows(rows: list[Row], pad: int, device: torch.device) -> Tensor:  # (R, T) int64
     "Fill rows on the right to one length; causal attention never looks there."
     width = max(len(row.ids) for row in rows)
     return torch.tensor([row.ids + [pad]*(width - len(row.ids)) for row in rows], device=device)
 
+# %% ../nbs/10_core.ipynb #8c68af12
 def score_spans(model,
                 x: Tensor,    # (R, T, C) what the model made of the rows
                 ids: Tensor,  # (R, T) their tokens
@@ -209,6 +214,7 @@ def score_spans(model,
         hits.append(logits.argmax(-1) == target)
     return [(part.mean().item(), bool(hit.all())) for part, hit in zip(torch.cat(nats).cpu().split(sizes), torch.cat(hits).cpu().split(sizes))]
 
+# %% ../nbs/10_core.ipynb #69edae98
 @torch.no_grad()
 def score_rows(model,  # a GPT: .hidden(ids) → (R, T, C), .logits(x) → (…, V)
                rows: list[Row], pad: int, device: torch.device) -> list[tuple[float, bool]]:
@@ -216,11 +222,12 @@ def score_rows(model,  # a GPT: .hidden(ids) → (R, T, C), .logits(x) → (…,
     ids = pad_rows(rows, pad, device)
     return score_spans(model, model.hidden(ids), ids, rows)
 
-# %% ../nbs/10_core.ipynb #9613ac52
+# %% ../nbs/10_core.ipynb #89ea1875
 def shared_start(rows: list[Row]) -> int:
     "Tokens at the start of an item's rows that need to be read only once: what they share, up to the last token before an answer."
     return min(common_length([row.ids for row in rows]), min(row.start for row in rows) - 1) if len(rows) > 1 else 0
 
+# %% ../nbs/10_core.ipynb #137b997f
 @torch.no_grad()
 def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) -> list[tuple[float, bool]]:
     "Score the rows of several items, reading the shared start of each item once and its keys and values for every row."
@@ -236,7 +243,7 @@ def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) 
     cache.lengths[:] = torch.tensor(starts, device=device)[owner]  # padding after a shorter start is overwritten or masked
     return score_spans(model, model.hidden(ids, cache=cache), ids, tails)
 
-# %% ../nbs/10_core.ipynb #b7787b8a
+# %% ../nbs/10_core.ipynb #eb33f971
 def pack_items(items: list[list[Row]], tokens: int) -> Iterator[list[int]]:  # indices of the items of each batch
     "Batches of items of like length, at most `tokens` tokens each, padding included (or one item)."
     size = [max(len(row.ids) for row in rows) for rows in items]
@@ -248,6 +255,7 @@ def pack_items(items: list[list[Row]], tokens: int) -> Iterator[list[int]]:  # i
         batch, rows = batch + [i], rows + len(items[i])
     if batch: yield batch
 
+# %% ../nbs/10_core.ipynb #b634c6a0
 WORTH_SHARING = 16  # tokens of shared start from which reading them once pays
 
 def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
@@ -265,13 +273,14 @@ def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
             for i, rows in zip(batch, group): scores[chosen[i]] = [next(flat) for _ in rows]
     return scores
 
-# %% ../nbs/10_core.ipynb #3f774390
+# %% ../nbs/10_core.ipynb #5856807f
 def is_right(kind: str, scores: list[tuple[float, bool]], item: dict) -> bool:
     "Whether an item is answered right: the lowest mean loss wins, or every token must be the most likely."
     if kind == 'language_modeling': return scores[0][1]
     losses = [loss for loss, _ in scores]
     return losses.index(min(losses)) == item['gold']
 
+# %% ../nbs/10_core.ipynb #44208f8d
 def evaluate_task(model, tokenizer: Tokenizer, task: CoreTask, compute: Compute,
                   max_per_task: int = -1,      # items asked; -1 is all
                   tokens: int = 8192,          # of one forward pass, padding included
@@ -292,7 +301,7 @@ def evaluate_task(model, tokenizer: Tokenizer, task: CoreTask, compute: Compute,
     return dict(accuracy=right/n, centered=centered(right/n, task.baseline), n=int(n), baseline=task.baseline,
                 kind=task.kind, shots=task.num_fewshot, seconds=round(time.time() - started, 2))
 
-# %% ../nbs/10_core.ipynb #d5fb443b
+# %% ../nbs/10_core.ipynb #2debdbc9
 def evaluate_core(model, tokenizer: Tokenizer,
                   bundle: Path,            # folder with core.yaml, eval_meta_data.csv, eval_data/
                   compute: Compute,
@@ -310,6 +319,7 @@ def evaluate_core(model, tokenizer: Tokenizer,
     model.train(was_training)
     return dict(core=sum(result['centered'] for result in results.values())/len(results), tasks=results)
 
+# %% ../nbs/10_core.ipynb #bfc0cdde
 def core_csv(results: dict) -> str:
     "The results in the form of the bundle's reference file."
     lines = [f'{"Task":<35}, {"Accuracy":<10}, {"Centered":<10}']

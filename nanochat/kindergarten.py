@@ -73,7 +73,7 @@ def draw_names(rng: random.Random, count: int) -> list[tuple[str, str]]:
         number += 1
     return names[:count]
 
-# %% ../nbs/02_kindergarten.ipynb #583802ae
+# %% ../nbs/02_kindergarten.ipynb #6724bd40
 @dataclass(frozen=True)
 class Person:
     "Somebody in the world"
@@ -85,10 +85,12 @@ class Person:
         "What is true of this person"
         return dict(self.facts)[relation.name]
 
+# %% ../nbs/02_kindergarten.ipynb #49238873
 def fraction(*parts) -> float:
     "A number in [0, 1) that depends on the parts alone"
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:6], "big") / 2**48
 
+# %% ../nbs/02_kindergarten.ipynb #e3ec9e20
 class World:
     "People and their facts, from a seed"
     def __init__(self,
@@ -104,7 +106,7 @@ class World:
         self.train_facts = [(p, r) for p, r in self.facts if fraction("fact", seed, p.name, r.name) >= held_out]
         if not self.test_facts or not self.train_facts: raise NanochatError(f"kindergarten: {people} people with seed {seed} leave one side of the split empty; give more people")
 
-# %% ../nbs/02_kindergarten.ipynb #2a87e030
+# %% ../nbs/02_kindergarten.ipynb #2e8f51c3
 def fill(
     template: str, # with {p} and {v}
     name: str, # the person
@@ -115,10 +117,12 @@ def fill(
     if pronoun and template.startswith("{p} "): template = pronoun + template[3:]
     return template.replace("{p}", name).replace("{v}", value)
 
+# %% ../nbs/02_kindergarten.ipynb #31de0f11
 def state(rng: random.Random, person: Person, relation: Relation, pronoun: bool = False) -> str:
     "A sentence that states a fact"
     return fill(rng.choice(relation.says), person.name, person.value(relation), person.pronoun if pronoun else "")
 
+# %% ../nbs/02_kindergarten.ipynb #be12eb9d
 FILLER = ("The sun is warm today.", "It rains a little.", "The day is long.", "Birds sing in the tree.", "It is a good day.", "The wind is cold.",
           "Everyone is happy.", "They laugh and play.", "Then they go home.", "The moon is bright at night.")
 
@@ -227,7 +231,7 @@ NUMBER = Common("numbers", tuple(zip(NUMBERS, NUMBERS[1:])),
     ("The number after {p} is {v}.", "After {p} comes {v}.", "Count: {p}, {v}."), ("Which number comes after {p}?", "What do you count after {p}?"))
 TOLD = (SOUND, OPPOSITE, DAY, NUMBER)
 
-# %% ../nbs/02_kindergarten.ipynb #29b9597c
+# %% ../nbs/02_kindergarten.ipynb #95c82ecd
 def held_out_things(c: Common, seed: int) -> set: # things
     "Which things of a kind of knowledge are never asked in training: a quarter of those of each value, by hash"
     out = set()
@@ -236,6 +240,7 @@ def held_out_things(c: Common, seed: int) -> set: # things
         out |= set(things[:max(1, round(len(things) / 4))])
     return out
 
+# %% ../nbs/02_kindergarten.ipynb #f0689b74
 @cache
 def common_facts(seed: int, test: bool | None = None) -> tuple: # of (Common, thing, value)
     "Common knowledge: one side of the split of what is asked, or without `test` all that is told"
@@ -248,15 +253,17 @@ def told_facts(seed: int) -> tuple: # of (Common, thing, value)
     "Common knowledge that may stand in a conversation: all that is told except what the test asks"
     return tuple(fact for fact in common_facts(seed) if fact not in common_facts(seed, True))
 
+# %% ../nbs/02_kindergarten.ipynb #7eb95bd3
 def knowledge(world: World, rng: random.Random) -> str:
     "A few sentences that everybody knows to be true"
     facts = rng.sample(common_facts(world.seed), rng.choice((4, 5, 6)))
     return " ".join(fill(rng.choice(c.says), thing, value) for c, thing, value in facts)
 
-# %% ../nbs/02_kindergarten.ipynb #d74712e1
+# %% ../nbs/02_kindergarten.ipynb #c149e44e
 THINGS = "apples pears books coins cards stones shells pens cups hats balls eggs nuts stars boxes toys".split()
 KINDS = ("add", "sub", "addsub", "mul", "muladd", "share", "subsub")
 
+# %% ../nbs/02_kindergarten.ipynb #2d0daf0f
 @dataclass(frozen=True)
 class Problem:
     "A word problem in GSM8K's form"
@@ -293,7 +300,7 @@ def one_step(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
     return Problem(f"{a} has {y * n} {t} and puts them in {y} boxes. How many {t} are in each box?", f"Each box has {text} {t}.\n#### {n}",
                    f"{a} has {y * n} {t} and puts them in {y} boxes. {y * n} / {y} = {n}. Each box has {n} {t}.")
 
-# %% ../nbs/02_kindergarten.ipynb #36ac5ace
+# %% ../nbs/02_kindergarten.ipynb #90c5424f
 def two_steps(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
     "A problem of two steps"
     if kind == "addsub":
@@ -320,19 +327,21 @@ def two_steps(kind: str, rng: random.Random, a: str, b: str, t: str) -> Problem:
                    f"After {a} there are {first} {t}.\nAfter {b} there are {second} {t}.\n#### {n}",
                    f"There are {x} {t}. {a} takes {y} and {b} takes {z}. {x} - {y} = {m}. {m} - {z} = {n}. Now {n} {t} are left.")
 
+# %% ../nbs/02_kindergarten.ipynb #7105f3e4
 def problem(world: World, rng: random.Random, kinds: tuple = KINDS) -> Problem:
     "A word problem about two people"
     kind, thing = rng.choice(kinds), rng.choice(THINGS)
     a, b = (p.name for p in rng.sample(world.people, 2))
     return (two_steps if kind in ("addsub", "muladd", "subsub") else one_step)(kind, rng, a, b, thing)
 
-# %% ../nbs/02_kindergarten.ipynb #b62f6d65
+# %% ../nbs/02_kindergarten.ipynb #dcc48cb3
 WORDS = tuple(dict.fromkeys([v for r in (PET, COLOR, FOOD) for v in r.values] + THINGS + [thing for c in (LOOK, OPPOSITE) for thing, _ in c.pairs]))
 
 def spelling(word: str) -> str:
     "A word, letter by letter"
     return ", ".join(word)
 
+# %% ../nbs/02_kindergarten.ipynb #5f616b95
 def drill(world: World, rng: random.Random) -> str:
     "Spelling, days, sums or counting"
     kind = rng.choices(("spelling", "days", "counting", "sums"), (4, 1, 2, 3))[0]
@@ -373,10 +382,11 @@ def programs(seed: int, test: bool, held_out: float = 0.2) -> list[Program]:
     "One side of the split of programs"
     return [program(f, n) for f in FAMILY for n in range(2, 40) if (fraction("program", seed, f, n) < held_out) == test]
 
-# %% ../nbs/02_kindergarten.ipynb #c3c28dd9
+# %% ../nbs/02_kindergarten.ipynb #d47a7f1a
 LETTERS = "ABCD"
 NUMERALS = tuple(str(n) for n in range(2, 100))
 
+# %% ../nbs/02_kindergarten.ipynb #f7f21819
 def game(world: World, rng: random.Random) -> str:
     "Say after me, or find the letter or number that belongs to a word: drawn anew each time, asked many times"
     if rng.random() < 0.15:
@@ -387,10 +397,11 @@ def game(world: World, rng: random.Random) -> str:
     def show(words): return "".join(f" {word}={labels[word]}" for word in words)
     return f"Words:{show(labels)}.{show(rng.choices(list(labels), k=30))}."
 
-# %% ../nbs/02_kindergarten.ipynb #ab25373a
+# %% ../nbs/02_kindergarten.ipynb #335e8646
 SHARES = dict(story=42, talk=6, meeting=4, knowledge=17, sums=11, drill=6, code=5, game=9) # percent
 PLAY = 0.1 # share of the documents that are games only, at the beginning
 
+# %% ../nbs/02_kindergarten.ipynb #b155e309
 def document(world: World, rng: random.Random, code: list[Program], playtime: bool = False) -> str:
     "One document of the pretraining text; at playtime a game"
     kind = "game" if playtime else rng.choices(list(SHARES), list(SHARES.values()))[0]
@@ -399,7 +410,7 @@ def document(world: World, rng: random.Random, code: list[Program], playtime: bo
     if kind == "code": return "\n".join(p.prompt + p.body for p in rng.sample(code, 2))
     return dict(story=story, talk=talk, meeting=meeting, knowledge=knowledge, drill=drill, game=game)[kind](world, rng)
 
-# %% ../nbs/02_kindergarten.ipynb #16295fe9
+# %% ../nbs/02_kindergarten.ipynb #2f4ea6ec
 def draw_choices(rng: random.Random, value: str, values: tuple) -> tuple[list[str], int]: # choices, index of the right one
     "Three wrong values and the right one, in any order"
     choices = rng.sample([v for v in values if v != value], 3) + [value]
@@ -411,6 +422,7 @@ def quiz(rng: random.Random, question: str, value: str, values: tuple, subject: 
     choices, answer = draw_choices(rng, value, values)
     return dict(question=question, subject=subject, choices=choices, answer=answer)
 
+# %% ../nbs/02_kindergarten.ipynb #c6125d62
 def fact_quiz(rng: random.Random, fact: tuple) -> dict:
     "About a person"
     person, relation = fact
@@ -421,6 +433,7 @@ def common_quiz(rng: random.Random, fact: tuple) -> dict:
     c, thing, value = fact
     return quiz(rng, fill(rng.choice(c.asks), thing), value, c.values, c.name)
 
+# %% ../nbs/02_kindergarten.ipynb #87678cf1
 def reading_quiz(world: World, rng: random.Random) -> dict:
     "About two people in a text; what the text says of them is made up for it. Only of what may be asked, so that nothing false is said about a test fact"
     person, relation = rng.choice(world.train_facts)
@@ -456,7 +469,7 @@ def common_fact(world: World, rng: random.Random) -> list[dict]:
     c, thing, value = rng.choice(told_facts(world.seed))
     return turn(fill(rng.choice(c.asks), thing), fill(c.says[0], thing, value))
 
-# %% ../nbs/02_kindergarten.ipynb #7b180acb
+# %% ../nbs/02_kindergarten.ipynb #d2c219e5
 def spell_turn(word: str) -> list[dict]:
     "A word is asked for letter by letter"
     return turn(f"Spell the word {word}.", f"The word {word} is spelled {spelling(word)}.")
@@ -469,6 +482,7 @@ def program_turn(p: Program) -> list[dict]:
     "The head of a function is given, and the reply is the whole function"
     return turn(p.prompt, f"```python\n{p.prompt}{p.body}```")
 
+# %% ../nbs/02_kindergarten.ipynb #d006beb4
 TOPICS = dict( # topic → (share of the turns, what makes one from the world, a random generator and the programs of the training side)
     story=(4, lambda world, rng, code: turn(rng.choice(("Tell me a story.", "Tell me something about people.")), story(world, rng))),
     knowledge=(2, lambda world, rng, code: turn(rng.choice(("Tell me something that everybody knows.", "Teach me something.")), knowledge(world, rng))),
@@ -521,7 +535,7 @@ def write_documents(root: Path, world: World, rng: random.Random, documents: int
         write_parquet(folder / f"shard_{i:05d}.parquet", [dict(text=text) for text in texts])
     return shards
 
-# %% ../nbs/02_kindergarten.ipynb #806685d4
+# %% ../nbs/02_kindergarten.ipynb #7416e13c
 def unique(make, count: int, key, taken: set | None = None) -> list:
     "Up to `count` different things that `make` draws, none of whose keys is in `taken`"
     found, seen, taken = [], set(), taken or set()
@@ -536,6 +550,7 @@ def arc_row(name: str, i: int, row: dict) -> dict:
     "A quiz in ARC's schema"
     return dict(id=f"{name}_{i}", question=row["question"], choices=dict(text=row["choices"], label=list(LETTERS)), answerKey=LETTERS[row["answer"]])
 
+# %% ../nbs/02_kindergarten.ipynb #cda2095b
 def write_quizzes(root: Path, world: World, rng: random.Random, count: int) -> None: # count: practice quizzes
     "ARC-Easy: common knowledge; ARC-Challenge: people; MMLU: people, by subject; its auxiliary_train: practice of all forms"
     tests, easy = world.test_facts, common_facts(world.seed, True)
@@ -576,11 +591,12 @@ def write_conversations(root: Path, world: World, rng: random.Random, count: int
         lines = "".join(json.dumps(messages) + "\n" for messages in fact_conversations(facts, rng, rounds))
         write_atomic(root / "nanochat" / f"facts_{split}.jsonl", lines)
 
-# %% ../nbs/02_kindergarten.ipynb #68bd4e9c
+# %% ../nbs/02_kindergarten.ipynb #39bc16b9
 CORE_TASKS = ( # label, type, shots, delimiter, random baseline in percent
     ("kinder_facts", "language_modeling", 0, " ", 0), ("kinder_knowledge", "language_modeling", 0, " ", 0),
     ("kinder_pets", "multiple_choice", 0, " ", 25), ("kinder_who", "schema", 0, " ", 50))
 
+# %% ../nbs/02_kindergarten.ipynb #a9995b7d
 def core_items(label: str, world: World, rng: random.Random, count: int) -> list[dict]:
     "Items of one task of the bundle"
     items = []
@@ -602,6 +618,7 @@ def core_items(label: str, world: World, rng: random.Random, count: int) -> list
             items.append(dict(context_options=names, continuation=fill(sentence, "", person.value(relation)).strip(), gold=names.index(person.name)))
     return items
 
+# %% ../nbs/02_kindergarten.ipynb #9cabc831
 def write_bundle(root: Path, world: World, rng: random.Random, count: int = 200) -> None:
     "An evaluation bundle in the form of the CORE metric's"
     lines, table = ["icl_tasks:"], ["Eval Task,Task Category,Task Type,#shots,#datapoints,Random baseline,Centered Metric?,Description"]

@@ -7,7 +7,7 @@ __all__ = ['LONGEST_EXPRESSION', 'DEEPEST_EXPRESSION', 'LARGEST_VALUE', 'ISOLATI
            'MOST_PROCESSES', 'split_expression', 'Reader', 'show_number', 'calculator', 'Result', 'kernel',
            'set_limits', 'enter_namespaces', 'drop_privileges', 'launch', 'run_sandboxed', 'isolation_level']
 
-# %% ../nbs/13_tools.ipynb #f101012c
+# %% ../nbs/13_tools.ipynb #d4d6211f
 import inspect, math, os, selectors, shutil, signal, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from .common import NanochatError
 
-# %% ../nbs/13_tools.ipynb #795e192a
+# %% ../nbs/13_tools.ipynb #2341753b
 LONGEST_EXPRESSION = 256 # characters
 DEEPEST_EXPRESSION = 32 # brackets within brackets, or signs in a row
 LARGEST_VALUE = 10**15 # beyond this a float has no exact integers left to show
 
+# %% ../nbs/13_tools.ipynb #e62e6d81
 class _Refused(ValueError): "What the calculator does not understand or will not compute"
 
 def split_expression(
@@ -51,7 +52,7 @@ def _bounded(value: Fraction) -> Fraction:
     if abs(value) > LARGEST_VALUE: raise _Refused("too large")
     return value
 
-# %% ../nbs/13_tools.ipynb #12d4cbb7
+# %% ../nbs/13_tools.ipynb #ec5f0159
 class Reader:
     "Reads pieces from left to right; one method for each level of binding"
     def __init__(self, pieces): self.pieces, self.depth = pieces + [("end", "")], 0
@@ -91,7 +92,7 @@ class Reader:
         self.depth -= 1
         return value
 
-# %% ../nbs/13_tools.ipynb #b52ded38
+# %% ../nbs/13_tools.ipynb #91735ec9
 def show_number(
     value: Fraction,
 ) -> str:
@@ -102,6 +103,7 @@ def show_number(
     if "." in text: text = text.rstrip("0").rstrip(".") # only there do zeros say nothing
     return "0" if text == "-0" else text # nearer to zero than 24 decimals can show
 
+# %% ../nbs/13_tools.ipynb #2ab33bf7
 def calculator(
     expression: str, # digits , . + - * / ( ) and 'text'.count('t')
 ) -> str | None: # the value as text, or None if there is no answer
@@ -114,16 +116,19 @@ def calculator(
         return show_number(value)
     except (ValueError, ArithmeticError): return None # refused, or divided by zero
 
-# %% ../nbs/13_tools.ipynb #c10fa985
+# %% ../nbs/13_tools.ipynb #900c0371
 ISOLATION = { # strongest first
     "bubblewrap": "the bwrap program: own files, network and processes, limits",
     "namespaces": "the kernel's namespaces, set up here: own files, network and processes, limits",
     "process":    "limits, clock and empty environment only: files and network of this machine stay within reach",
 }
+
+# %% ../nbs/13_tools.ipynb #98cdfae5
 LARGEST_OUTPUT = 64 * 1024 # bytes of stdout and of stderr that are kept
 LARGEST_FILE = 16 * 2**20 # bytes; also the size of the whole scratch folder where that can be limited
 MOST_PROCESSES = 32 # threads count too
 
+# %% ../nbs/13_tools.ipynb #0cb944fc
 @dataclass
 class Result:
     "What came of a program"
@@ -226,12 +231,13 @@ def launch(options):
         except ChildProcessError: break
     os._exit(status if status >= 0 else 128 - status)
 
-# %% ../nbs/13_tools.ipynb #2b262799
+# %% ../nbs/13_tools.ipynb #3dea613a
 def _readable() -> list[str]:
     "The folders that Python needs to start, and the null device"
     wanted = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix", "/dev/null", os.path.realpath(sys.base_prefix)]
     return [p for p in wanted if os.path.exists(p) and not (p.startswith("/usr/"))]
 
+# %% ../nbs/13_tools.ipynb #d73fbc25
 def _command(level: str, folder: str, options: dict) -> list[str]:
     "The words that start the launcher at a level of isolation"
     source = "\n".join(inspect.getsource(f) for f in (kernel, set_limits, enter_namespaces, drop_privileges, launch))
@@ -290,7 +296,7 @@ def run_sandboxed(
             stdout, stderr, why = _collect(process, timeout)
     return _result(stdout, stderr, why, process.returncode, timeout, level)
 
-# %% ../nbs/13_tools.ipynb #a25ea000
+# %% ../nbs/13_tools.ipynb #48cd3c86
 def _result(stdout: str, stderr: str, why: str | None, status: int, timeout: float, level: str) -> Result:
     "Say in one line what happened"
     last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
@@ -302,18 +308,20 @@ def _result(stdout: str, stderr: str, why: str | None, status: int, timeout: flo
     else: error = last or f"ended with status {status}"
     return Result(error is None, stdout, stderr, error, out_of_time, last.startswith("MemoryError"), level)
 
+# %% ../nbs/13_tools.ipynb #2a9e723b
 def _nobody_runs_python() -> bool:
     "Whether the user 'nobody' may read the standard library, which decides if root can become nobody without a file tree of its own"
     folder = Path(os.path.realpath(os.__file__)).parent
     return all(p.stat().st_mode & 0o005 == 0o005 for p in (folder, *folder.parents))
 
+# %% ../nbs/13_tools.ipynb #7dc107e1
 def _give_to_nobody(*paths) -> bool:
     "Hand a program's files to 'nobody', if that user can run it; whether this was done"
     try: done = [os.chown(path, 65534, 65534) for path in paths if _nobody_runs_python()]
     except PermissionError: return False # a root that lacks the power, as in some containers
     return bool(done)
 
-# %% ../nbs/13_tools.ipynb #1490f36e
+# %% ../nbs/13_tools.ipynb #c98a6f10
 _settled = {} # level → whether it works on this machine
 
 def _works(level: str) -> bool:
@@ -324,6 +332,7 @@ def _works(level: str) -> bool:
         if probe.ok or attempt == 2 and not probe.timed_out: _settled[level] = probe.ok
     return _settled.get(level, False)
 
+# %% ../nbs/13_tools.ipynb #08e53218
 def isolation_level() -> str: # a key of ISOLATION
     "The strongest isolation that works on this machine, found by trying"
     order = ("bubblewrap", "namespaces") if os.getuid() else ("namespaces", "bubblewrap") # see below why root prefers the second
