@@ -444,6 +444,7 @@ def live_page(draw: Callable, # the controls' values -> HTML
     "What `draw` makes of the controls' values, drawn again whenever one changes"
     import ipywidgets as w
     view = w.HTML()
+    view.add_class('jp-RenderedHTMLCommon')   # JupyterLab's look of tables, which the twin has
     def redraw(change=None): view.value = draw(*(control.value for control in controls))
     for control in controls: control.observe(redraw, 'value')
     redraw()
