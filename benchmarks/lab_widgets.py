@@ -72,6 +72,10 @@ class Lab(Page):
     DEEP = CONTROLS
 
     def wide(self): self.call("Emulation.setDeviceMetricsOverride", width=1250, height=1400, deviceScaleFactor=1, mobile=False)
+    def theme(self, name):
+        self.js(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
+        self.until(f"return document.body.dataset.jpThemeName == 'JupyterLab {name}'")
+        time.sleep(1)
     def press(self, key, modifiers=0):
         for kind in ("keyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **(dict(text="\r") if key == "Enter" else {}))
     def click(self, x, y):
@@ -87,7 +91,7 @@ class Lab(Page):
         return False
     def picture(self, path, element):
         if not path: return
-        box = self.js(f"const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'start'}}); const r = e.getBoundingClientRect(); return [r.x, r.y, r.width, Math.min(r.height, 1300)]")
+        box = self.js(f"const e = {element}; if (!e) return null; e.scrollIntoView({{block: 'start'}}); const r = e.getBoundingClientRect(); return [r.x + scrollX, r.y + scrollY, r.width, Math.min(r.height, 1300)]")
         if box and box[3] > 0: path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", clip=dict(zip(("x", "y", "width", "height"), box), scale=1))["data"]))
 
     def move(self, i: int, number: int) -> bool:
@@ -137,6 +141,7 @@ def drive(lesson: str, url: str, folder: Path, pictures: Path | None) -> list[di
         page.wide()
         page.until("return window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'", 180)
         page.until(f"return document.querySelectorAll('.jp-Notebook .jp-Cell').length >= {len(sources)}")
+        page.theme("Light")
         for i, source in enumerate(sources):
             if page.js(f"return !!cell({i}).querySelector('.jp-RenderedHTMLCommon input[type=radio]')"): page.picture(shot(i, "0_opened"), f"cell({i}).querySelector('.jp-OutputArea')")
         i = -1
@@ -153,8 +158,7 @@ def drive(lesson: str, url: str, folder: Path, pictures: Path | None) -> list[di
             if names: page.picture(shot(i, "2_after"), f"widget({i})")
         for one in found:
             for n, control in enumerate(one["controls"]): control[2] = control[2] or page.move(one["cell"], n)
-        page.js("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-        time.sleep(3)
+        page.theme("Dark")
         for one in found:
             if one["controls"]: page.picture(shot(one["cell"], "3_dark"), f"widget({one['cell']})")
     finally: page.close()

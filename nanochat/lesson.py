@@ -450,6 +450,7 @@ def live_page(draw: Callable, # the controls' values -> HTML
     "What `draw` makes of the controls' values, drawn again whenever one changes"
     import ipywidgets as w
     view = w.HTML()
+    view.add_class('jp-RenderedHTMLCommon')   # JupyterLab's look of tables, which the twin has
     def redraw(change=None): view.value = draw(*(control.value for control in controls))
     for control in controls: control.observe(redraw, 'value')
     redraw()
@@ -462,10 +463,10 @@ def pages_html(pages: list[str], # HTML of each
     "A row of radio buttons that show one page at a time, by CSS alone"
     key = 'p' + hashlib.sha256(''.join([*pages, hint]).encode()).hexdigest()[:10]   # a name that no other widget on the page has
     shown = ','.join(f'.{key}>input:nth-of-type({i}):checked~div:nth-of-type({i})' for i in range(1, len(pages) + 1))
-    style = f'<style>.{key}>div,.{key}>p{{display:none}}{shown}{{display:block!important}}</style>'
-    untrusted = f'<p>Page 1 of {len(pages)}: run the cell or trust the notebook to see it as it is meant, and the others.</p>'   # where a front end drops the style
+    style = f'<style>.{key}>p{{display:none}}{shown}{{display:block!important}}</style>'
+    untrusted = f'<p>Run the cell, or trust the notebook, to see these {len(pages)} pages.</p>'   # JupyterLab drops style and pictures from a notebook that it does not trust
     dots = ''.join(f'<input type="radio" name="{key}" aria-label="{html.escape(label)}" title="{html.escape(label)}"{" checked" * (i == 0)}>' for i, label in enumerate(labels))
-    body = ''.join(f'<div{" hidden" * (i > 0)}>{page}</div>' for i, page in enumerate(pages))
+    body = ''.join(f'<div style="display:none">{page}</div>' for page in pages)
     return f'<div class="{key}">{style}{dots} <small>click a dot, then use the arrow keys: {html.escape(hint)}</small>{untrusted}{body}</div>'
 
 # %% ../nbs/24_lesson.ipynb #dac9b395

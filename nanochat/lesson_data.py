@@ -229,7 +229,7 @@ def row_svg(row: list, # of (document, begin, end)
     document, _, end = row[-1]
     lost = len(pieces[document]) - end if crop else 0
     if lost: parts.append(f'<text x="566" y="14" font-size="12" fill="#c62828">✂ {lost}</text>')
-    return f'<svg width="620" height="19" role="img" aria-label="a row with {len(row)} documents" style="display:block;max-width:100%">{"".join(parts)}</svg>'
+    return f'<svg width="620" height="19" role="img" aria-label="a row with {len(row)} documents" style="display:block">{"".join(parts)}</svg>'
 
 def row_text(row: list, pieces: list[list[str]],
     colours: dict | None = None, # document -> its colour; None: the first ones

@@ -246,7 +246,7 @@ class CacheFill(Twin):
             sides.append(f'<p style="margin:.5em 0 0">{title}: computes {known - there} of {known} tokens, {times[step]:.1f} ms</p>{boxes(self.pieces, there, known - there)}'
                          + latency_bars(times, step + 1, top, colour))
         what = 'prefill: the prompt is read' if step == 0 else f'decode: token {known} is read'
-        return f'<div style="max-width:44em"><b>pass {step}, {what}</b>{"".join(sides)}<small>blue: held in the cache; orange: computed now; grey: not written yet</small></div>'
+        return f'<div style="max-width:44em"><b>pass {step}, {what}</b>{"".join(sides)}<br><small>blue: held in the cache; orange: computed now; grey: not written yet</small></div>'
     def static(self) -> str:
         steps = range(len(self.cached))
         return pages_html([self.page(step) for step in steps], [f'pass {step}' for step in steps], 'the next token')

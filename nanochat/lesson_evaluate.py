@@ -302,7 +302,7 @@ def page(self: TaskBars, n: int, centred: bool) -> str:
                     f'<text x="{left + width + 8}" y="{y + 15}" fill="currentColor">{score:.2f}, from {low:.2f} to {high:.2f} ({asked})</text>')
     picture = f'<svg viewBox="0 0 730 {34 * len(rows) + 8}" width="730" style="max-width:100%" font-size="13" font-family="sans-serif" role="img" aria-label="{html.escape(self.title(n, centred))}">{"".join(rows)}</svg>'
     scale = f'the axis goes from {low_end:g} to 1'
-    return f'<b>{html.escape(self.title(n, centred))}</b><br>{picture}<br><small>blue: score; black: 19 of 20 such intervals hold the true score; red: a guess; {scale}</small>'
+    return f'<b>{html.escape(self.title(n, centred))}</b><br>{picture}<br><small>bar: score; line: 19 of 20 such intervals hold the true score; dashes: a guess; {scale}</small>'
 
 @patch
 def static(self: TaskBars) -> str:

@@ -403,5 +403,5 @@ def live(self: MixtureSliders):
     "A slider for the share of each task"
     import ipywidgets as w
     first = next(iter(self.pages.values()))
-    sliders = [w.FloatSlider(100 * weight / sum(first), min=0, max=100, step=0.1, description=name) for name, weight in zip(self.held, first)]
+    sliders = [w.FloatSlider(100 * weight / sum(first), min=0, max=100, step=0.01, description=name) for name, weight in zip(self.held, first)]
     return w.VBox([*sliders, live_page(self.page, *sliders)])

@@ -429,10 +429,9 @@ class LossBoard(Twin):
 def live(self: LossBoard):
     "A slider through the run, a button that plays it, and a box that follows it"
     import ipywidgets as w
-    slider, play = w.IntSlider(self.last, 0, self.last, description='step'), w.Play(value=0, min=0, max=self.last, step=max(1, self.last // 80), interval=80)
+    slider, play = w.IntSlider(self.last, 0, self.last, description='step'), w.Play(value=self.last, min=0, max=self.last, step=max(1, self.last // 80), interval=80)
     follow = w.Checkbox(False, description='follow')
     w.jslink((play, 'value'), (slider, 'value'))
-    slider.value = self.last
     self.controls.append((slider, play))
     def reading():
         while follow.value:

@@ -313,19 +313,19 @@ class MaskPainter(Twin):
 # %% ../nbs/37_lesson_sft.ipynb #bbf19b9d
 @patch
 def page(self: MaskPainter, *flags) -> str: # one for each token
-    "The painted row and its grade"
+    "The painted row, its grade, and what the colours mean"
     flags = [int(flag) for flag in flags]
     right, faults = assistant_mask(self.words), grade(self.words, flags)
     chips = ''.join(map(self.chip, self.words, flags, right))
     verdict = ''.join(f'<li>✗ {html.escape(fault)}</li>' for fault in faults) or '<li>✓ This is what the library learns.</li>'
     return (f'<p style="margin:.3em 0"><b>{html.escape(self.title(flags))}</b>: {sum(flags)} of {len(flags)} tokens are learned</p>'
-            f'<div style="font-family:monospace;line-height:2">{chips}</div><ul style="list-style:none;margin:.3em 0;padding:0">{verdict}</ul>')
+            f'<div style="font-family:monospace;line-height:2">{chips}</div><ul style="list-style:none;margin:.3em 0;padding:0">{verdict}</ul>'
+            '<small>green: rightly learned · red: wrongly learned · dashed frame: missed · grey: rightly left alone</small>')
 
 @patch
 def static(self: MaskPainter) -> str:
-    "One page for each rule, and what the colours mean"
-    legend = '<small>green: rightly learned · red: wrongly learned · dashed frame: missed · grey: rightly left alone</small>'
-    return pages_html([self.page(*flags) for flags in self.rules.values()], list(self.rules), 'one dot, one rule') + legend
+    "One page for each rule"
+    return pages_html([self.page(*flags) for flags in self.rules.values()], list(self.rules), 'one dot, one rule')
 
 @patch
 def live(self: MaskPainter):

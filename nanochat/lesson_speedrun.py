@@ -331,7 +331,7 @@ def live(self: BudgetDial):
     "Three controls, and the page that belongs to them"
     import ipywidgets as w
     depth, gpus, price = self.pages[0]
-    controls = (w.IntSlider(depth, min=1, max=48, description='depth'), w.SelectionSlider(value=gpus, options=[2**i for i in range(9)], description='GPUs'), w.FloatSlider(price, min=0.5, max=6, step=0.1, description='$ a GPU-hour'))
+    controls = (w.IntSlider(depth, min=1, max=48, description='depth'), w.SelectionSlider(value=gpus, options=[2**i for i in range(9)], description='GPUs'), w.FloatSlider(price, min=0.5, max=6, step=0.1, description='$ an hour'))
     return w.VBox([w.HBox(controls), live_page(self.page, *controls)])
 
 # %% ../nbs/39_lesson_speedrun.ipynb #1b34e214

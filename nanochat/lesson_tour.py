@@ -11,7 +11,7 @@ import html, math, random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .lesson import Habit, Mutant, Twin, difference, exercise, pages_html, printable
+from .lesson import Habit, Mutant, Twin, difference, exercise, live_page, pages_html, printable
 
 # %% ../nbs/29_lesson_tour.ipynb #2e3d3143
 def chances(
@@ -210,8 +210,5 @@ class TimeLapse(Twin):
         import ipywidgets as w
         last = len(self.snapshots) - 1
         moment, play = w.IntSlider(0, 0, last, description='moment'), w.Play(interval=1000, min=0, max=last)
-        view = w.HTML(snapshot_html(self.prompt, self.snapshots[0]))
-        def draw(change): view.value = snapshot_html(self.prompt, self.snapshots[moment.value])
         w.jslink((play, 'value'), (moment, 'value'))
-        moment.observe(draw, 'value')
-        return w.VBox([w.HBox([play, moment]), view])
+        return w.VBox([w.HBox([play, moment]), live_page(lambda i: snapshot_html(self.prompt, self.snapshots[i]), moment)])
