@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .common import NanochatError
 
-# %% ../nbs/05_attention.ipynb #e6b6d303
+# %% ../nbs/05_attention.ipynb #d69e011d
 def attend(
     q: Tensor, # (B, H, T, D)
     k: Tensor, # (B, Hkv, S, D), H a multiple of Hkv
@@ -26,8 +26,9 @@ def attend(
     mask: Tensor = None, # True where a query may look, broadcastable to (B, H, T, S); None: causal, or all keys for a single query
 ) -> Tensor: # (B, H, T, D)
     "Softmax attention; each key/value head serves H/Hkv query heads"
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1,
-                                          enable_gqa=q.size(1) != k.size(1))
+    causal = mask is None and q.size(2) > 1
+    if causal and q.requires_grad and q.device.type == 'cpu': return attend_blocks(q, k, v) # trained faster so: see below
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 # %% ../nbs/05_attention.ipynb #af630cd2
 def norm(
@@ -93,22 +94,21 @@ def attend_window(
     rest = attend(stack(q[:, :, 1:]), keys, values, mask).unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([attend(q[:, :, 0], k[:, :, 0], v[:, :, 0]), rest], dim=2)[:, :, :T]
 
-# %% ../nbs/05_attention.ipynb #32051d92
+# %% ../nbs/05_attention.ipynb #f83f6624
 def attend_blocks(
     q: Tensor, # (B, H, T, D)
     k: Tensor, # (B, Hkv, T, D)
     v: Tensor, # (B, Hkv, T, D)
-    window: int = None, # a query sees itself and window - 1 tokens before it; None: all tokens before it
 ) -> Tensor: # (B, H, T, D)
-    "Causal attention over whole texts by plain products, four blocks of queries one after the other: the quick way to train on a CPU"
+    "Causal attention over whole texts by plain products, four blocks of queries one after the other"
     T, group, parts = q.size(2), q.size(1) // k.size(1), []
     if group > 1: k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    size = max(64, math.ceil(T / 4)) # queries of a block
+    size, exact = max(64, math.ceil(T / 4)), torch.promote_types(q.dtype, torch.float32) # size: queries of a block
     for start in range(0, T, size):
-        end, first = min(start + size, T), 0 if window is None else max(0, start + 1 - window)
-        mask = visible(torch.arange(start, end, device=q.device)[None], end, window)[..., first:]
-        scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * q.size(-1)**-0.5
-        parts.append(scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v[:, :, first:end])
+        end = min(start + size, T)
+        mask = visible(torch.arange(start, end, device=q.device)[None], end)
+        scores = (q[:, :, start:end] @ k[:, :, :end].mT).to(exact) * q.size(-1)**-0.5
+        parts.append(scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v[:, :, :end])
     return torch.cat(parts, dim=2)
 
 # %% ../nbs/05_attention.ipynb #d399cfe7
@@ -298,7 +298,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd)
         if value_gate: self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head)
 
-# %% ../nbs/05_attention.ipynb #fb83d17b
+# %% ../nbs/05_attention.ipynb #29aed46f
 @patch
 def forward(self:CausalSelfAttention,
     x: Tensor, # (B, T, C)
@@ -318,6 +318,6 @@ def forward(self:CausalSelfAttention,
     q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
     if self.qk_scale != 1: q = q * self.qk_scale**2 # once for the query and once for the key
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if cache is None: y = (attend_blocks if x.device.type == 'cpu' else attend_window)(q, k, v, self.window)
+    if cache is None: y = attend_window(q, k, v, self.window)
     else: y = look_back(q, *cache.update(self.layer, k, v, self.window), cache.sight(self.window)[1])
     return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
