@@ -23,7 +23,7 @@ SETTINGS = {"notebook-extension/tracker": dict(windowingMode="none"), "apputils-
 CONTROLS = """
 const kinds = {slider: '.noUi-handle', menu: 'select', text: 'input[type=text]', box: 'input[type=checkbox]', play: '.widget-play', guess: '.widget-hbox:has(input[type=number]):has(.widget-button)', button: '.widget-button, .widget-toggle-button, .widget-toggle-buttons button:not(.mod-active)'};
 const kind = e => Object.keys(kinds).find(k => e.matches(kinds[k]));
-const label = e => (e.closest('.widget-inline-hbox')?.querySelector('.widget-label')?.textContent || e.closest('label, button')?.textContent || '').trim();
+const label = e => [e.closest('.widget-inline-hbox')?.querySelector('.widget-label')?.textContent, e.closest('label, button')?.textContent, ''].find(x => x != null && x != '\\u200b').trim();
 const controls = root => [...root.querySelectorAll(Object.values(kinds).join(','))].filter(e => !e.closest('.widget-html-content') && !e.parentElement.closest('.widget-play, ' + kinds.guess));
 const view = root => [...root.querySelectorAll('.widget-html-content')].map(e => e.innerHTML).join('');
 const cell = i => document.querySelectorAll('.jp-Notebook .jp-Cell')[i];
@@ -37,6 +37,7 @@ RUN_ON = """window.stopped = null; const app = window.jupyterapp, nb = app.shell
     const made = nb.widgets[i].outputArea.model.toJSON();
     if (made.some(o => o.output_type == 'error' || (o.data || {})['application/vnd.jupyter.widget-view+json'])) { window.stopped = [i, made.filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)]; return }
   } window.stopped = [-1, []] })();"""
+IDLE = ("follow",)   # reads a run again while another process trains it: in a lesson the training itself does that
 KEYS = dict(ArrowRight=39, ArrowLeft=37, Enter=13)
 
 
@@ -173,7 +174,7 @@ def twins(found: list[dict], lesson: str, folder: Path, pictures: Path | None):
         page.wide()
         page.until("return !!document.querySelector('.jp-Cell')", 120)
         for one in found:
-            output = f"document.querySelectorAll('.jp-Cell')[{one['cell']}].querySelector('.jp-OutputArea-output:last-child, .jp-OutputArea-child:last-child .jp-OutputArea-output')"
+            output = f"document.querySelectorAll('.jp-Cell')[{one['cell']}].querySelector('.jp-OutputArea-child:last-child .jp-OutputArea-output')"
             first = page.js(f"return {output}?.getBoundingClientRect().height > 20 && {output}.innerText.trim()")
             one["twin"] = bool(first)
             page.picture(pictures / f"{lesson}_{one['cell']:03}_4_twin.png" if pictures else None, output)
@@ -201,7 +202,7 @@ def main() -> None:
             found = drive(lesson, url, folder, options.pictures)
             twins(found, lesson, folder, options.pictures)
             for one in found:
-                still = [f"{kind} “{label}”" for kind, label, moved in one["controls"] if not moved]
+                still = [f"{kind} “{label}”" for kind, label, moved in one["controls"] if not moved and label not in IDLE]
                 good = not still and one["twin"] and one.get("dots", True)
                 print(f"{'ok ' if good else 'BAD'} {lesson:16}{one['cell']:4} {one['widget']:20}{len(one['controls']):3} controls" + (", without effect: " + ", ".join(still) if still else "") +
                       ("" if one["twin"] else ", no twin") + ("" if one.get("dots", True) else ", its dots do nothing"), flush=True)
