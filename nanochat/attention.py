@@ -27,7 +27,7 @@ def attend(
 ) -> Tensor: # (B, H, T, D)
     "Softmax attention; each key/value head serves H/Hkv query heads"
     causal = mask is None and q.size(2) > 1
-    if causal and q.requires_grad and q.device.type == 'cpu': return attend_blocks(q, k, v) # trained faster so: see below
+    if causal and q.requires_grad and q.device.type == 'cpu': return attend_blocks(q, k, v) # the quicker way to train there: notebook 05
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
 
 # %% ../nbs/05_attention.ipynb #af630cd2

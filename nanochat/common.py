@@ -148,6 +148,7 @@ def get_dist_info() -> tuple[int, int, int]:
     "Rank, local rank and world size, from the variables that `torchrun` sets"
     return tuple(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
+# %% ../nbs/00_common.ipynb #compinit1
 def compute_init(
     device: str = "auto", # auto, cpu, cuda or mps
     dtype: str = "auto", # auto, bfloat16 or float32
