@@ -1,12 +1,13 @@
 "Lesson 2: its checks name a beginner's mistakes, a learner's functions reach the loader, its packing is the loader's, and its widget shows what was measured."
 import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from nanochat import lesson, lesson_data
+from nanochat import dataloader, lesson, lesson_data
 from nanochat.dataloader import DocumentLoader, best_fit
 from nanochat.kindergarten import write_parquet
 from nanochat.lesson_data import RULES, HalfRead, PackingExplorer, fitted, flat, one_stream, padded, waste
@@ -109,13 +110,26 @@ def test_inputs_of_a_check_are_the_same_for_the_same_seed(name):
 
 # --- in the loader ---------------------------------------------------------------------------------------------------
 
-def test_learners_functions_reach_the_loader_and_leave_it_again(loader, monkeypatch, spy):
+@pytest.fixture
+def pools(monkeypatch):
+    "The threads of all loaders made in a test"
+    made = []
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+    monkeypatch.setattr(dataloader, 'ThreadPoolExecutor', Pool)
+    return made
+
+
+def test_learners_functions_reach_the_loader_and_leave_it_again(loader, monkeypatch, spy, pools):
     monkeypatch.setattr(lesson, '_passed', {name: spy.watched(name) for name in EXERCISES})
     def read():
         batches, made = [], [loader(), loader(rank=1, world_size=2), loader(packing='best_fit', buffer=5)]
         for one in made:
             batches += [next(one).inputs.tolist() for _ in range(4)]
             one.state_dict()
+        for pool in pools: pool.shutdown(cancel_futures=True)  # else a loader reads ahead with the functions it began with
         return batches
     plain = read()
     assert not spy.used
