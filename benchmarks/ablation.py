@@ -12,12 +12,13 @@ weights, not the order of the text: the spread does not hold what another order 
 180: about step 190 its documents turn from stories to games, and a run that ends just then measures the surprise (2.9 bits per byte, all switches alike).
 """
 import argparse, json, math, platform, shutil, statistics, time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nanochat import pretrain
-from nanochat.common import Compute, Run, compute_init, load_profile, resolve_options
+from nanochat.common import Compute, Run, compute_init, load_profile, pick_dtype, resolve_options
 from nanochat.dataloader import DocumentLoader
 from nanochat.dataset import corpus_sources, main as dataset_stage
 from nanochat.gpt import RECIPES
@@ -25,16 +26,18 @@ from nanochat.muon import make_optimizers
 from nanochat.tokenizer import Tokenizer, main as tokenizer_stage
 from nanochat.train import Trainer, accumulation_steps
 
+FORMAT = dict(float32=dict(dtype="float32"))  # of matrix products; else what compute_init picks
 OPTIMIZER = dict(polar_express=dict(quintics="polar_express"), normuon=dict(line_memory=0.9), decay=dict(weight_decay=0.28), cautious_decay=dict(weight_decay=0.28, cautious=True),
                  long_warmdown=dict(warmdown=0.65, final_lr=0.05), long_momentum=dict(momentum=0.97, momentum_steps=400, momentum_end=0.9))
-VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | OPTIMIZER | {"modern": dict(recipe="modern")}
+VARIANTS = {"classic": {}} | {name: {name: value} for name, value in RECIPES["modern"].items()} | OPTIMIZER | {"modern": dict(recipe="modern")} | FORMAT
 
 
 def new_trainer(run: Run, compute: Compute, options: dict, name: str, fields: dict, seed: int) -> Trainer: # options: of the stage base
     "A new model with these fields, ready to be trained"
     tokenizer, shape = Tokenizer.load(run.path("tokenizer")), (options["batch_size"], options["sequence_len"])
+    if "dtype" in fields: compute = replace(compute, dtype=pick_dtype(compute.device, fields["dtype"]))
     torch.manual_seed(seed)
-    overrides = {key: value for key, value in fields.items() if key != "recipe"}
+    overrides = {key: value for key, value in fields.items() if key not in ("recipe", "dtype")}
     chosen, rates, schedule = pretrain.choose_fields(fields.get("recipe", "classic"), overrides, **{key: options[key] for key in pretrain.CLASSIC})
     model = pretrain.new_model(tokenizer, compute, options["depth"], options["n_embd"], options["n_head"], options["sequence_len"], **chosen)
     return Trainer(model, make_optimizers(model, **rates), DocumentLoader(corpus_sources(run), tokenizer, *shape, packing=options["packing"], device=compute.device), run, compute, f"ablation_{name}_{seed}",
@@ -90,7 +93,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="a folder in the hub's layout; by default the profile's own text")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, help="of each model; by default the profile's")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="which models; classic is always one of them")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=[name for name in VARIANTS if name not in FORMAT], help="which models; classic is always one of them, float32 only where named")
     parser.add_argument("--record", help="write everything to this JSON file")
     args = parser.parse_args()
     args.run = args.run or f"ablation-{args.profile}"

@@ -34,12 +34,14 @@ def open_engine(
     stage: str | None = None, # base, mid, sft or rl; None: the best there is
     device: str = "auto", # auto, cpu, cuda or mps
     max_batch: int = 64, # rows that are decoded together
+    int8: bool = False, # keep the weights in 8 bits
 ) -> tuple: # (Engine, Run, stage)
     "Load a run's model for inference"
     run = Run.open(run) if run else Run.newest()
     stage = stage or best_stage(run)
     if stage not in STAGES: raise NanochatError(f"stage '{stage}': unknown; choose {', '.join(reversed(STAGES))}")
     model, tokenizer, _ = load_model(run, stage, pick_device(device))
+    if int8: model.to_int8()
     if model.device.type == "cuda": model.to_inference() # nobody trains this one: no second copy of the weights
     return Engine(model.requires_grad_(False), tokenizer, max_batch=max_batch), run, stage
 
@@ -192,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, help="for the same answers again (default: other ones each time)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits: less memory, slightly worse answers")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -201,7 +204,7 @@ def main(argv: list[str] | None = None) -> int: # argv: words of the command lin
     args = build_parser().parse_args(argv)
     try:
         if args.temperature < 0 or args.top_k < 0 or args.max_tokens < 1: raise NanochatError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
-        engine, run, stage = open_engine(args.run, args.stage, args.device, max_batch=1)
+        engine, run, stage = open_engine(args.run, args.stage, args.device, max_batch=1, int8=args.int8)
         chat = Chat(engine, args.temperature, args.top_k, args.max_tokens, args.seed)
         if stage == "base": print("note: a base model continues text; it has not learned to converse", file=sys.stderr)
         if args.prompt is not None or not sys.stdin.isatty(): say(chat, sys.stdin.read().strip() if args.prompt is None else args.prompt)

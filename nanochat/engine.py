@@ -224,7 +224,7 @@ def refresh(self: Engine) -> None:
     if self.weights is not None and torch.equal(probe, self.probe): return
     self.probe = probe
     self.memory.texts.clear() # other weights would have read them differently
-    if self.source.lm_head.weight.dtype != self.dtype:
+    if self.source.transformer.wte.weight.dtype != self.dtype:
         if self.weights is None: self.weights = copy.deepcopy(self.source).to_inference(self.dtype)
         for mine, theirs in zip(self.weights.parameters(), self.source.parameters()): mine.data.copy_(theirs.data)
     elif self.dtype == torch.float32 and self.device.type == "cpu" and torch.backends.mkldnn.is_available(): self.weights = self.source.packed()

@@ -711,6 +711,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-batch", type=int, default=32, help="requests that are answered at once (default: %(default)s)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait beyond those (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--int8", action="store_true", help="keep the weights in 8 bits: less memory, slightly worse answers")
     parser.add_argument("--no-chat-page", action="store_true", help="the API only")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -733,7 +734,7 @@ def main(argv: list[str] | None = None) -> int: # argv: words of the command lin
         if args.max_batch < 1 or args.queue < 0: raise NanochatError("--max-batch must be at least 1, --queue at least 0")
         listening = open_port(args.host, args.port)
         host, port = listening.getsockname()[:2]
-        engine, run, stage = open_engine(args.run, args.stage, args.device, args.max_batch)
+        engine, run, stage = open_engine(args.run, args.stage, args.device, args.max_batch, args.int8)
         service = Service(engine, f"{run.name}-{stage}", args.queue)
         local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
         hosts = (*LOCAL_HOSTS, args.host) if local else ("*",)

@@ -1,11 +1,14 @@
 "The engine against the plain loop, and what a sample may and may not depend on"
+import copy
+
 import numpy as np
 import pytest
 import torch
 
+from nanochat.attention import Linear
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, Settings, TextStream, choose_tokens, penalise, readable_text, sample_key, uniform
-from nanochat.gpt import GPT, GPTConfig, RECIPES
+from nanochat.gpt import GPT, GPTConfig, Int8Linear, RECIPES
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["What is 12 times 12? 🙂 né " * 20], 300)
@@ -93,6 +96,44 @@ def test_the_packed_twin_gives_the_logits_of_the_training_path(fields, rows):
     cache, plain, found = twin.make_cache(rows, 40), model(ids), []
     for piece in ids[:, :20], *ids[:, 20:].split(1, dim=1): found.append(twin(piece, cache=cache))
     torch.testing.assert_close(torch.cat(found, 1), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])  # few rows are multiplied in 8 bits, for many the weights are widened first
+def test_a_layer_of_8_bits_is_off_by_its_rounding_alone(rows):
+    torch.manual_seed(0)
+    linear, x = Linear(96, 256).requires_grad_(False), torch.randn(rows, 1, 96)
+    small = Int8Linear(linear)
+    step = linear.weight.abs().amax(1) / 127
+    assert small.weight.dtype == torch.int8 and small.weight.abs().max() == 127
+    expected = linear(x)
+    off = (small(x) - expected).abs() / (step * x.norm(dim=-1, keepdim=True))  # a sum of 96 roundings, each below half a step
+    assert small(x).shape == expected.shape and off.max() < 2, off.max()
+    assert (Int8Linear(zeroed(linear))(x) == 0).all()
+
+
+def zeroed(linear):
+    linear = copy.deepcopy(linear)
+    linear.weight.zero_()
+    return linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_writes_with_a_model_of_8_bits_what_the_model_says(dtype):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(2, vocab_size=384, sequence_len=64, n_embd=128, n_head=2)).requires_grad_(False)
+    for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.08)
+    ids = torch.randint(256, (2, 30))
+    plain, bytes_before = model(ids), sum(p.nbytes for p in model.parameters())
+    assert model.to_int8() is model and sum(p.nbytes for p in model.parameters()) < bytes_before / 2
+    assert {type(child) for child in model.modules()} >= {Int8Linear} and type(model.lm_head) is Int8Linear
+    assert 0 < (model(ids) - plain).abs().mean() < .05 * plain.abs().mean()
+    prompts = ragged(5)
+    greedy = deaf(model, dtype=dtype).generate(prompts, max_tokens=8, temperature=0)
+    model.compute_dtype = dtype
+    for prompt, [sample] in zip(prompts, greedy):
+        logits = model(torch.tensor([prompt + sample.ids]))[0, len(prompt) - 1:-1, :V].float()
+        chosen = logits.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+        assert (chosen > logits.amax(1) - .1).all()  # between near equals, products of another number of rows may choose otherwise
 
 
 def test_an_engine_takes_weights_that_training_has_changed():

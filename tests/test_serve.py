@@ -605,6 +605,8 @@ def test_chat_command_answers_arguments_and_pipes(home):
     once = command("chat", "-p", "hello", "--seed", "1", "--max-tokens", "8")
     piped = command("chat", "--seed", "1", "--max-tokens", "8", typed="hello\n")
     assert once.returncode == piped.returncode == 0 and once.stdout == piped.stdout and once.stdout.strip()
+    small = command("chat", "-p", "hello", "--seed", "1", "--max-tokens", "8", "--int8")
+    assert small.returncode == 0 and small.stdout.strip(), small.stderr
 
 
 @pytest.mark.parametrize("module, words, said", [
