@@ -26,8 +26,10 @@ def ours(folder: str, vocab_size: int):
     model, tokenizer = hf.load(folder)
     tokenizer = type("Wide", (), dict(special=tokenizer.special, vocab_size=vocab_size))()  # the model's table is larger than this tokenizer
     model.requires_grad_(False)
+    engines = {}  # one for each number of prompts: it packs its weights once, as the peer loads its own once
     def generate(prompts, new, tick):
-        engine = Engine(model, tokenizer, max_batch=len(prompts))
+        if len(prompts) not in engines: engines[len(prompts)] = Engine(model, tokenizer, max_batch=len(prompts), memory_tokens=0)  # else it would remember the last round's prompts
+        engine = engines[len(prompts)]
         engine.notable[:], engine.stops = False, set()  # noise should not end it
         rows = [engine.submit(prompt, 1, new, temperature=0)[0] for prompt in prompts]
         while engine.busy:

@@ -165,10 +165,11 @@ class KVCache:
         max_len: int, # positions that each row has room for
         device = None,
         dtype = torch.float32, # the model's compute dtype
+        by_token: bool = False, # for reading prompts: each token's values lie side by side on a CPU, too
     ):
         heads, width = (config.n_layer, batch_size, config.n_kv_head), config.n_embd // config.n_head
         self.k = untouched_zeros((*heads, max_len, width), dtype, device) # (L, B, Hkv, Tmax, D)
-        self.v = values_memory((*heads, max_len, width), dtype, device) # the same shape
+        self.v = (untouched_zeros if by_token else values_memory)((*heads, max_len, width), dtype, device) # the same shape
         self.ids = torch.zeros(1, batch_size, 1, max_len, 1, device=device, dtype=torch.int64) # the tokens, laid out as k is
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.int64) # tokens held in each row
         self.max_len, self.step = max_len, None

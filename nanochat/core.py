@@ -233,12 +233,12 @@ def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) 
     "Score the rows of several items, reading the shared start of each item once and its keys and values for every row."
     starts = [shared_start(rows) for rows in items]
     prefix = pad_rows([Row(rows[0].ids[:start], 0, 0) for rows, start in zip(items, starts)], pad, device)
-    read = model.make_cache(len(items), prefix.size(1))
+    read = model.make_cache(len(items), prefix.size(1), by_token=True)
     model.hidden(prefix, cache=read)
     owner = torch.tensor([i for i, rows in enumerate(items) for _ in rows], device=device)
     tails = [Row(row.ids[start:], row.start - start, row.stop - start) for rows, start in zip(items, starts) for row in rows]
     ids = pad_rows(tails, pad, device)
-    cache = model.make_cache(len(tails), prefix.size(1) + ids.size(1))
+    cache = model.make_cache(len(tails), prefix.size(1) + ids.size(1), by_token=True)
     for mine, theirs in zip(cache.parts, read.parts): mine[:, :, :, :prefix.size(1)] = theirs[:, owner]
     cache.lengths[:] = torch.tensor(starts, device=device)[owner]  # padding after a shorter start is overwritten or masked
     return score_spans(model, model.hidden(ids, cache=cache), ids, tails)

@@ -332,7 +332,7 @@ def _open(self: Engine, reading: Reading) -> Reading:
     "Make a cache for the prompts, with what is known of them"
     bodies, known, texts = zip(*reading.plan)
     reading.ids = torch.tensor(np.stack([np.pad(body[n:], (0, reading.new - len(body) + n)) for body, n in zip(bodies, known)]), device=self.device)
-    reading.cache, reading.lengths = self.weights.make_cache(len(bodies), reading.start + reading.new), torch.tensor([len(body) for body in bodies])
+    reading.cache, reading.lengths = self.weights.make_cache(len(bodies), reading.start + reading.new, by_token=True), torch.tensor([len(body) for body in bodies])
     for i, (n, text) in enumerate(zip(known, texts)):
         if not n: continue
         beginning = text.first(1)

@@ -293,9 +293,10 @@ def to_inference(self:GPT,
 def make_cache(self:GPT,
     batch_size: int, # B, rows
     max_len: int = None, # positions a row; None: sequence_len
+    by_token: bool = False, # for reading prompts
 ) -> KVCache: # on the model's device, in its compute dtype
     "An empty cache that fits this model"
-    return KVCache(self.config, batch_size, max_len or self.config.sequence_len, device=self.device, dtype=self.compute_dtype)
+    return KVCache(self.config, batch_size, max_len or self.config.sequence_len, device=self.device, dtype=self.compute_dtype, by_token=by_token)
 
 # %% ../nbs/06_gpt.ipynb #d21f793c
 class PackedLinear(nn.Module):

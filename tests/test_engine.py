@@ -537,6 +537,16 @@ def test_a_prompt_read_in_pieces_gives_the_same_answer(fields):
         assert [s.ids for [s] in engine.generate(prompts, max_tokens=9, temperature=0)] == expected
 
 
+def test_on_a_cpu_values_lie_as_their_reader_wants_them(model):
+    engine = deaf(model)
+    engine.submit([3] * 4, 1, 30)
+    engine.step()
+    engine.prefill_tokens = 8
+    engine.submit([7] * 60, 1, 6)
+    engine.step()
+    if model.device.type == "cpu": assert engine.reading.cache.v.stride(-1) == 1 and engine.cache.v.stride(-2) == 1
+
+
 def test_a_long_prompt_does_not_stall_the_rows_at_work(model, monkeypatch):
     engine, passes = deaf(model), []
     engine.prefill_tokens = 8

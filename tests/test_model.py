@@ -217,12 +217,13 @@ def test_cached_rows_of_every_kind_give_the_logits_of_the_plain_pass(sizes):
         assert torch.allclose(model(ids[rows, at], cache=cache.first(4)), plain[rows, at], atol=2e-5)
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @every_switch
 @torch.no_grad()
-def test_a_text_read_in_pieces_of_any_length_gives_the_same_logits(sizes):
+def test_a_text_read_in_pieces_of_any_length_gives_the_same_logits(sizes, by_token):
     model = lively(**sizes)
     ids, pieces = tokens(model, 2, 80), []
-    cache = model.make_cache(2, 80)
+    cache = model.make_cache(2, 80, by_token)
     for part in ids.split([1, 16, 1, 17, 30, 1, 14], dim=1): pieces.append(model(part, cache=cache))
     assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=2e-5)
 
