@@ -120,6 +120,7 @@ class Service:
     def start(self) -> "Service":
         "Start the engine's thread"
         engine = self.engine
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128") # oneDNN writes a program for every shape that it meets, and would keep a thousand: prompts of all lengths would fill hundreds of MB with them
         if engine.cache is None and engine.device.type == "cpu": # its memory is taken where it is first used: to reserve all costs nothing, to move everything later would hold up every answer
             engine.refresh()
             engine.cache = engine.weights.make_cache(engine.max_batch, engine.max_len)
