@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha256_file', 'cpu_has_fast_bf16', 'pick_device',
-           'pick_dtype', 'keep_freed_memory', 'Compute', 'remove_torn_libraries', 'get_dist_info', 'compute_init',
-           'compute_cleanup', 'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections', 'load_profile',
-           'describe_machine', 'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value', 'build_parser',
-           'resolve_options', 'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command', 'die_with_parent',
-           'launch', 'parse_override']
+           'pick_dtype', 'keep_freed_memory', 'add_in_one_order', 'Compute', 'remove_torn_libraries', 'get_dist_info',
+           'compute_init', 'compute_cleanup', 'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections',
+           'load_profile', 'describe_machine', 'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value',
+           'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command',
+           'die_with_parent', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #45cb9d34
 import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, struct, sys, time, traceback
@@ -101,6 +101,12 @@ def keep_freed_memory() -> bool:
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
     return all((mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 64 << 20)))
 
+# %% ../nbs/00_common.ipynb #d9cfef21
+def add_in_one_order() -> None:
+    "Have the threads of a CPU add up in one order only: the same command gives the same bits"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
 # %% ../nbs/00_common.ipynb #5cd2ec79
 @dataclass
 class Compute:
@@ -165,6 +171,7 @@ def compute_init(
         torch.set_float32_matmul_precision("high")
     if target.type == "cpu":
         keep_freed_memory()
+        add_in_one_order()
         if world_size > 1: torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(seed)
     if world_size > 1 and not dist.is_initialized():

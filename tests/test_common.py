@@ -1,6 +1,7 @@
 "What every stage relies on: options from three places, records, and the loop's clock."
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -141,3 +142,20 @@ def test_a_tracker_that_cannot_be_had_is_one_line(home, monkeypatch, name, says)
     common.tracker.cache_clear()
     with pytest.raises(NanochatError, match=says): Run.create('r').log('base', 1)
     common.tracker.cache_clear()
+
+
+SAME_BITS = """
+import torch
+from nanochat.common import compute_init
+compute_init("cpu")
+torch.set_num_threads(4)
+table, ids, weight = torch.randn(16, 64).requires_grad_(), torch.randint(16, (4096,)), torch.randn(4096, 64)
+loss = torch.compile(lambda table: (torch.nn.functional.embedding(ids, table) * weight).sum())
+found = {torch.autograd.grad(loss(table), table)[0].numpy().tobytes() for _ in range(100)}
+print(len(found))
+"""
+
+
+def test_the_same_step_on_several_threads_gives_the_same_bits():
+    done = subprocess.run([sys.executable, "-c", SAME_BITS], env=os.environ | dict(OMP_NUM_THREADS="4"), capture_output=True, text=True)
+    assert done.stdout == "1\n", done
