@@ -3,14 +3,15 @@
 python benchmarks/serving.py [--depth 4] [--streams 16] [--new 200] [--prompt 1500] [--vocab-size 8192] [--rounds 3] [--threads 2] [--record FILE.json]
 
 The server runs in a process of its own, as it would; the clients here read its streams over HTTP. Throughput is all tokens of a round divided by its time.
-The time between tokens is that of one stream; meanwhile a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer.
+The time between tokens is that of one stream, while a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer. Before all this,
+every slot has held such a prompt once: memory is slow where it is used for the first time.
 """
 import argparse, asyncio, contextlib, gc, json, multiprocessing, os, statistics, time
 from collections import Counter
 
 
-def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, queue: int = 64, length: int = 2048, log: str = None) -> None: # log: file for its complaints
-    "A server with a random model on a free port"
+def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, queue: int = 64, length: int = 2048, log: str = None, ascii: bool = False) -> None: # log: file for its complaints
+    "A server with a random model on a free port; with `ascii` every token is a character, and none waits for its other half"
     if log: os.dup2(os.open(log, os.O_WRONLY), 2)
     import torch, uvicorn
     from inference import random_model
@@ -19,6 +20,7 @@ def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, que
     from nanochat.tokenizer import Tokenizer
     torch.set_num_threads(threads)
     tokenizer = Tokenizer.train(["hello world, how are you? " * 40], 290)
+    if ascii: Tokenizer.vocab_size = 128
     engine = Engine(random_model(depth, vocab_size, length).requires_grad_(False), tokenizer, max_batch=slots)
     engine.notable[:], engine.stops = False, set()  # noise should not end it
     listening = open_port("127.0.0.1", 0)
@@ -46,9 +48,9 @@ def server(**options):
         process.join(10)
 
 
-async def stream(client, prompt: list[int], new: int, seed: int) -> list[float]:
+async def stream(client, prompt: list[int], new: int, seed: int, **settings) -> list[float]:
     "When each piece of an answer arrives"
-    wanted, times = dict(prompt=prompt, max_tokens=new, seed=seed, top_k=50, stream=True), []
+    wanted, times = dict(prompt=prompt, max_tokens=new, seed=seed, top_k=50, stream=True) | settings, []
     async with client.stream("POST", "/v1/completions", json=wanted, timeout=300) as answer:
         assert answer.status_code == 200, await answer.aread()
         async for line in answer.aiter_lines():
@@ -64,11 +66,11 @@ async def throughput(client, streams: int, new: int) -> float:
 
 
 async def interruption(client, new: int, length: int, seed: int) -> tuple[float, float]:
-    "Median and longest time between the pieces of a stream while a long prompt is read, in ms"
+    "Median and longest time between the tokens of a stream while a long prompt is read and begins to be answered, in ms"
     async def late():
         await asyncio.sleep(.3)
         start = time.perf_counter()
-        await stream(client, [(seed * 7 + i * 31) % 200 for i in range(length)], 1, 0)  # never the same beginning twice
+        await stream(client, [(seed * 7 + i * 31) % 120 for i in range(length)], 8, 0)  # never the same beginning twice
         return start, time.perf_counter()
     times, (start, end) = await asyncio.gather(stream(client, [5] * 8, new, seed), late())
     assert end < times[-1], "the stream ended before the long prompt was read; ask for more --new tokens"
@@ -80,7 +82,7 @@ async def measure(args, port: int) -> dict:
     "Medians of some rounds, in turns"
     import httpx
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=None)) as client:
-        await throughput(client, args.streams, 8)  # warm up
+        await stream(client, [7] * args.prompt, 8, 0, n=args.streams)  # warm up
         one, many, gaps = [], [], []
         for i in range(args.rounds):
             one.append(await throughput(client, 1, args.new))
@@ -98,7 +100,7 @@ def main() -> None:
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--record", help="write the figures to this JSON file")
     args = parser.parse_args()
-    with server(depth=args.depth, vocab_size=args.vocab_size, threads=args.threads) as (port, _): found = asyncio.run(measure(args, port))
+    with server(depth=args.depth, vocab_size=args.vocab_size, threads=args.threads, ascii=True) as (port, _): found = asyncio.run(measure(args, port))
     print(f"depth {args.depth}: one stream {found['one']:,.0f} tokens/s, {args.streams} streams {found['many']:,.0f} together: {found['ratio']:.1f} times as many")
     print(f"a prompt of {args.prompt} tokens arrives: {found['gap_ms']:.1f} ms between the tokens of a running stream, at most {found['longest_gap_ms']:.1f} meanwhile: {found['gap_ratio']:.1f} times")
     if args.record: open(args.record, "w").write(json.dumps(dict(settings=vars(args) | dict(torch=__import__("torch").__version__), results=found), indent=1) + "\n")

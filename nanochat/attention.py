@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GATE_CHANNELS', 'attend', 'norm', 'Linear', 'rotary_tables', 'apply_rotary', 'visible', 'attend_window',
-           'attend_blocks', 'CacheStep', 'untouched_zeros', 'values_memory', 'look_back', 'KVCache',
+           'attend_blocks', 'CacheStep', 'untouched_zeros', 'values_memory', 'look_back', 'KVCache', 'cache_of',
            'CausalSelfAttention']
 
 # %% ../nbs/05_attention.ipynb #173df4b4
 import math
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import numpy as np
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -255,16 +255,40 @@ def copy_from(self:KVCache,
     self.lengths[rows] = n
     self.step = None
 
+# %% ../nbs/05_attention.ipynb #1bcc1a05
+def cache_of(
+    parts: Iterable[Tensor], # k, v and ids
+    lengths: Tensor, # (B,) int64
+) -> KVCache:
+    "A cache around memory that exists"
+    cache = object.__new__(KVCache)
+    cache.k, cache.v, cache.ids = parts
+    cache.lengths, cache.max_len, cache.step = lengths, cache.k.size(3), None
+    return cache
+
 @patch
 def first(self:KVCache,
     n: int, # rows
 ) -> KVCache: # shares its memory and lengths with this one
     "The first `n` rows as a cache of their own"
-    view = object.__new__(KVCache)
-    view.k, view.v, view.ids = (part[:, :n] for part in self.parts)
-    view.lengths = self.lengths[:n]
-    view.max_len, view.step = self.max_len, None
-    return view
+    return cache_of((part[:, :n] for part in self.parts), self.lengths[:n])
+
+@patch
+def copy_of(self:KVCache,
+    row: int,
+    n: int, # tokens
+) -> KVCache: # one row
+    "A copy of a row's first tokens"
+    return cache_of((part[:, row:row + 1, :, :n].clone() for part in self.parts), self.lengths.new_tensor([n]))
+
+@patch
+def recut(self:KVCache, # with values token by token
+    batch_size: int,
+    max_len: int,
+) -> KVCache: # empty; shares its memory with this one, whose tokens it writes over
+    "The same memory for another number of rows, of another length"
+    def cut(part, size): return part.view(-1)[:math.prod(size)].view(size)
+    return cache_of((cut(part, (part.size(0), batch_size, part.size(2), max_len, part.size(4))) for part in self.parts), self.lengths.new_zeros(batch_size))
 
 # %% ../nbs/05_attention.ipynb #0b60ecae
 @patch

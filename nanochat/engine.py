@@ -203,7 +203,7 @@ class Engine:
         self.weights, self.cache, self.prefill_tokens = None, None, 2048 if self.device.type == "cpu" else 8192 # most tokens, with padding, read in one pass
         self.piece_tokens = math.inf # most tokens read between two tokens of the rows at work
         self.state, self.rows, self.holes, self.waiting = np.zeros(max_batch, _STATE), [], [], deque() # rows[i] is in slot i; holes: slots whose row has ended
-        self.seen, self.reading, self.probe = None, None, None # seen: tokens of each slot's text, if a penalty asks
+        self.seen, self.reading, self.desk, self.probe = None, None, None, None # seen: tokens of each slot's text, if a penalty asks; desk: where prompts are read
         self.memory, self.counts = Memory(4 * self.max_len if memory_tokens is None else memory_tokens), Counter() # counts: tokens read, reused, shared, computed (with padding), written
         special = tokenizer.special
         self.stops = {special["<|assistant_end|>"], special["<|bos|>"]}
@@ -327,12 +327,20 @@ def _gather(self: Engine) -> Reading:
         found.plan.append((body, known, text))
     return found
 
+# %% ../nbs/14_engine.ipynb #25511893
+@patch
+def _borrow(self: Engine, rows: int, length: int) -> KVCache:
+    "A cache to read prompts into: the memory of the last ones, who have all joined before, as rows join in the order in which they are read"
+    if self.desk is None or self.desk.max_len < rows * length:
+        self.desk = self.weights.make_cache(1, rows * length, by_token=True)
+    return self.desk.recut(rows, length)
+
 @patch
 def _open(self: Engine, reading: Reading) -> Reading:
     "Make a cache for the prompts, with what is known of them"
     bodies, known, texts = zip(*reading.plan)
     reading.ids = torch.tensor(np.stack([np.pad(body[n:], (0, reading.new - len(body) + n)) for body, n in zip(bodies, known)]), device=self.device)
-    reading.cache, reading.lengths = self.weights.make_cache(len(bodies), reading.start + reading.new, by_token=True), torch.tensor([len(body) for body in bodies])
+    reading.cache, reading.lengths = self._borrow(len(bodies), reading.start + reading.new), torch.tensor([len(body) for body in bodies])
     for i, (n, text) in enumerate(zip(known, texts)):
         if not n: continue
         beginning = text.first(1)
@@ -525,9 +533,7 @@ def _leave(self: Engine, i: int, row: Row) -> None:
     self.holes.append(i)
     length = len(row.prompt) + int(self.state[i]["step"]) - 1 # the last token was chosen, but not read
     if not row.remember or not WORTH_REUSING <= length <= self.memory.limit: return
-    held = self.weights.make_cache(1, length)
-    held.copy_from(self.cache, i, 0)
-    self.memory.keep(np.array((row.prompt + row.ids)[:length]), held)
+    self.memory.keep(np.array((row.prompt + row.ids)[:length]), self.cache.copy_of(i, length))
 
 @patch
 def cancel(self: Engine, row: Row) -> None:

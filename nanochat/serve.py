@@ -19,7 +19,7 @@ from typing import Annotated, AsyncIterator, Callable, Literal, NamedTuple
 from fastcore.basics import patch
 
 from .chat import STAGES, fit_messages, open_engine
-from .common import NanochatError, in_notebook
+from .common import NanochatError, keep_freed_memory, in_notebook
 from .engine import Engine, Row, Settings, TextStream
 from .tasks import tool_parts
 
@@ -120,7 +120,7 @@ class Service:
     def start(self) -> "Service":
         "Start the engine's thread"
         engine = self.engine
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128") # oneDNN writes a program for every shape that it meets, and would keep a thousand: prompts of all lengths would fill hundreds of MB with them
+        if engine.device.type == "cpu": keep_freed_memory()
         if engine.cache is None and engine.device.type == "cpu": # its memory is taken where it is first used: to reserve all costs nothing, to move everything later would hold up every answer
             engine.refresh()
             engine.cache = engine.weights.make_cache(engine.max_batch, engine.max_len)
@@ -200,7 +200,7 @@ def turn(self: Service, arrived: list[Job], left: list[Job]) -> None:
     self.hand_out(rows, tokens)
 
 # %% ../nbs/21_serve.ipynb #129d83df
-PATIENCE, SHORTEST_PIECE = 2.2, 16 # a step with a piece of a prompt may take so many times as long as one without; tokens: shorter ones would hardly take less
+PATIENCE, SHORTEST_PIECE = 2.0, 16 # a step with a piece of a prompt may take so many times as long as one without; tokens: shorter ones would hardly take less
 
 @patch
 def pace(self: Service,

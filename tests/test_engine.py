@@ -8,7 +8,7 @@ import torch
 from nanochat.attention import Linear
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, Settings, TextStream, choose_tokens, penalise, readable_text, sample_key, uniform
-from nanochat.gpt import GPT, GPTConfig, Int8Linear, RECIPES
+from nanochat.gpt import GPT, GPTConfig, Int8Linear, PackedLinear, RECIPES, in_few_sizes
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["What is 12 times 12? 🙂 né " * 20], 300)
@@ -117,14 +117,49 @@ def zeroed(linear):
     return linear
 
 
+def test_prompts_are_read_where_the_last_ones_were(model):
+    engine, prompts = deaf(model), ragged(5)
+    engine.generate(ragged(5, seed=1), max_tokens=2)
+    engine.generate([[7] * 60] + prompts, max_tokens=2)
+    memory = engine.desk.k.data_ptr()
+    for batch in prompts, prompts[:1], prompts[::-1]:
+        assert [s.ids for [s] in engine.generate(batch, max_tokens=6, temperature=0)] == [naive(model, p, 6)[len(p):] for p in batch]
+        assert engine.desk.k.data_ptr() == memory
+    crowded = deaf(model, max_batch=2)
+    assert [s.ids for [s] in crowded.generate(prompts, max_tokens=6, temperature=0)] == [naive(model, p, 6)[len(p):] for p in prompts]
+
+
+def test_products_meet_few_numbers_of_rows():
+    weight, met = torch.randn(8, 6, dtype=torch.float64), []
+    def product(rows): met.append(rows.numel() // rows.size(-1)); return rows @ weight.T
+    for n in range(1, 600):
+        x = torch.randn(1, n, 6, dtype=torch.float64)
+        assert torch.allclose(in_few_sizes(product, x), x @ weight.T) and n <= met[-1] < n * 5 / 4
+    assert set(range(1, 9)) < set(met) and len(set(met)) < 8 + 4 * 7, sorted(set(met))
+
+
+@pytest.mark.parametrize("layer", [PackedLinear, Int8Linear])
+def test_onednn_meets_few_numbers_of_rows(layer):
+    linear, met = Linear(96, 128).requires_grad_(False), set()
+    small = layer(linear)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as seen:
+        for n in range(513, 545): assert small(torch.randn(1, n, 96)).shape == (1, n, 128)
+    for event in seen.events():
+        if event.name in ("mkldnn::_linear_pointwise", "aten::mkldnn_linear", "aten::linear"): met.add(tuple(event.input_shapes[0])[-2])
+    assert met == {640}, met
+
+
+def size_of(model): return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_engine_writes_with_a_model_of_8_bits_what_the_model_says(dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig.from_depth(2, vocab_size=384, sequence_len=64, n_embd=128, n_head=2)).requires_grad_(False)
     for parameter in model.parameters(): torch.nn.init.normal_(parameter, std=.08)
     ids = torch.randint(256, (2, 30))
-    plain, bytes_before = model(ids), sum(p.nbytes for p in model.parameters())
-    assert model.to_int8() is model and sum(p.nbytes for p in model.parameters()) < bytes_before / 2
+    plain, bytes_before = model(ids), size_of(model)
+    assert model.to_int8() is model and size_of(model) < .45 * bytes_before # a quarter for the matrices; the embedding stays
     assert {type(child) for child in model.modules()} >= {Int8Linear} and type(model.lm_head) is Int8Linear
     assert 0 < (model(ids) - plain).abs().mean() < .05 * plain.abs().mean()
     prompts = ragged(5)

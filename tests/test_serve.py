@@ -814,13 +814,3 @@ def test_chat_page_answers_in_a_browser_without_a_network(model, tmp_path):
             picture.write_bytes(base64.b64decode(page.call("Page.captureScreenshot")["data"]))
             assert picture.stat().st_size > 10_000
         finally: page.close()
-
-
-@pytest.mark.parametrize("given, kept", [(None, "128"), ("7", "7")])
-def test_a_server_keeps_few_of_onednns_programs_unless_told_otherwise(monkeypatch, given, kept):
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
-    if given: monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
-    torch.manual_seed(0)
-    service = Service(Engine(GPT(GPTConfig(sequence_len=32, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)), TOKENIZER, max_batch=1)).start()
-    service.stop()
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == kept
