@@ -377,7 +377,7 @@ def stored_card(path: Path, # a lesson
 def journey(last: int, # number of the lesson whose own card is the last
 ) -> Story:
     "The sentence's whole journey: your own cards, and stored ones where you have none"
-    mine = {int(number): card['text'] for number, card in progress().get('story', {}).items()}
+    mine = {int(number): card['text'] for number, card in progress().get('story', {}).items() if number.isdigit()}
     stored = {int(path.name[:2]): stored_card(path) for path in sorted((course_folder() / 'lessons').glob('[0-9]*.ipynb')) if int(path.name[:2]) < last}
     cards = {number: f'{text} (from the stored lesson)' for number, text in stored.items() if text} | {number: text for number, text in mine.items() if number <= last}
     return Story([f'Lesson {number}: {cards[number]}' for number in sorted(cards)])
