@@ -13,6 +13,7 @@ from nanochat.checkpoint import load_model
 from nanochat.common import Run, compute_init
 from nanochat.engine import Engine
 from nanochat.pretrain import validation_bits_per_byte
+from training import cpu_features
 
 NEW = 32  # tokens that each row writes
 
@@ -61,15 +62,9 @@ def main() -> None:
             print(f"{stage}  {name:<9} {row['bpb']:.5f} bits per byte ({row['bpb'] - found['float32']['bpb']:+.5f})   {row['megabytes']:7.2f} MB   "
                   + ", ".join(f"{ms:.2f} ms a step of {batch}" for batch, ms in row["step_ms"].items()), flush=True)
     if args.record:
-        record = dict(options=vars(args) | dict(run=None, record=None), depth=model.config.n_layer, width=model.config.n_embd, vocab_size=model.config.vocab_size, cpu=[name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags()],
+        record = dict(options={key: value for key, value in vars(args).items() if key not in ("run", "record")}, depth=model.config.n_layer, width=model.config.n_embd, vocab_size=model.config.vocab_size, cpu=cpu_features(),
                       threads=torch.get_num_threads(), torch=torch.__version__, stages=results)
         Path(args.record).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def flags() -> set:
-    "What the processor says it can do"
-    path = Path("/proc/cpuinfo")
-    return set(path.read_text().split()) if path.exists() else set()
 
 
 if __name__ == "__main__": main()

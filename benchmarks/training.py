@@ -116,6 +116,13 @@ def compare_processes(args) -> dict:
     return dict(medians=medians, ratio=round(ratio, 2))
 
 
+def cpu_features() -> list[str]:
+    "What the processor says it has for fast products of matrices; empty where there is no /proc"
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.exists() else []
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name, value in dict(depth=4, width=256, sequence=512, vocab_size=8192, rows=16, steps=12, rounds=3, processes=1).items():
@@ -127,10 +134,8 @@ def main() -> None:
     args.threads = args.threads or max(1, os.cpu_count() // args.processes)
     if args.job: print(json.dumps(JOBS[args.job](args)), flush=True); os._exit(0)  # a thread of gloo's may abort the usual end
     found = compare_peers(args) if args.processes == 1 else compare_processes(args)
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    cpu = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     settings = {key: value for key, value in vars(args).items() if key not in ("record", "job")}
-    if args.record: Path(args.record).write_text(json.dumps(dict(settings=settings, cpu=cpu) | found, indent=1) + "\n")
+    if args.record: Path(args.record).write_text(json.dumps(dict(settings=settings, cpu=cpu_features()) | found, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()
