@@ -159,3 +159,16 @@ print(len(found))
 def test_the_same_step_on_several_threads_gives_the_same_bits():
     done = subprocess.run([sys.executable, "-c", SAME_BITS], env=os.environ | dict(OMP_NUM_THREADS="4"), capture_output=True, text=True)
     assert done.stdout == "1\n", done
+
+
+NO_RUST = """
+import sys, types
+sys.modules["rustbpe"] = types.ModuleType("rustbpe") # what Python makes of the folder rustbpe/ where nothing is installed
+from nanochat.tokenizer import Tokenizer, rustbpe
+print(rustbpe, Tokenizer.train(["hello world " * 20], 270).vocab_size)
+"""
+
+
+def test_without_the_crate_the_folder_of_its_sources_is_not_taken_for_it():
+    done = subprocess.run([sys.executable, "-c", NO_RUST], capture_output=True, text=True)
+    assert done.stdout == "None 270\n", done
