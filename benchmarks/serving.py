@@ -6,7 +6,7 @@ The server runs in a process of its own, as it would; the clients here read its 
 The time between tokens is that of one stream, while a prompt of `--prompt` tokens arrives. Weights are random and no token ends an answer. Before all this,
 every slot has held such a prompt once: memory is slow where it is used for the first time.
 """
-import argparse, asyncio, contextlib, gc, json, multiprocessing, os, statistics, time
+import argparse, asyncio, contextlib, gc, importlib.metadata, json, multiprocessing, os, statistics, time
 from collections import Counter
 
 
@@ -20,7 +20,7 @@ def serve(ready, depth: int, vocab_size: int, threads: int, slots: int = 32, que
     from nanochat.tokenizer import Tokenizer
     torch.set_num_threads(threads)
     tokenizer = Tokenizer.train(["hello world, how are you? " * 40], 290)
-    if ascii: Tokenizer.vocab_size = 128
+    if ascii: Tokenizer.vocab_size = 128 # only its first tokens, the single bytes, and of these ASCII's
     engine = Engine(random_model(depth, vocab_size, length).requires_grad_(False), tokenizer, max_batch=slots)
     engine.notable[:], engine.stops = False, set()  # noise should not end it
     listening = open_port("127.0.0.1", 0)
@@ -103,7 +103,9 @@ def main() -> None:
     with server(depth=args.depth, vocab_size=args.vocab_size, threads=args.threads, ascii=True) as (port, _): found = asyncio.run(measure(args, port))
     print(f"depth {args.depth}: one stream {found['one']:,.0f} tokens/s, {args.streams} streams {found['many']:,.0f} together: {found['ratio']:.1f} times as many")
     print(f"a prompt of {args.prompt} tokens arrives: {found['gap_ms']:.1f} ms between the tokens of a running stream, at most {found['longest_gap_ms']:.1f} meanwhile: {found['gap_ratio']:.1f} times")
-    if args.record: open(args.record, "w").write(json.dumps(dict(settings=vars(args) | dict(torch=__import__("torch").__version__), results=found), indent=1) + "\n")
+    if args.record:
+        settings = {name: value for name, value in vars(args).items() if name != "record"} | dict(torch=importlib.metadata.version("torch"))
+        open(args.record, "w").write(json.dumps(dict(settings=settings, results=found), indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -3,7 +3,7 @@
 python benchmarks/soak.py [--minutes 10] [--good 4] [--bad 8] [--depth 2] [--slots 8] [--queue 16] [--threads 1] [--seed 0] [--record FILE.json]
 
 First each good request is asked alone of the fresh server, twice, as a reference. At the end: every good stream has said the same as alone, every bad request got
-the answer that it should, the server wrote nothing to its error log, slots, line, objects, connections and threads are as they were, and in the second half its memory does not grow from minute to minute. (It may make a step: what was needed once is kept, so it shows the largest need so far.)
+the answer that it should, the server wrote nothing to its error log, slots, line, objects, connections and threads are as they were, and a line through its memory is flat.
 """
 import argparse, asyncio, contextlib, json, os, random, socket, statistics, struct, tempfile, time
 from collections import Counter, defaultdict
@@ -153,9 +153,10 @@ async def bad_client(client, port: int, until: float, chance: random.Random, see
 
 # what is watched
 
-def growth(values: list[float], minute: int) -> float: # minute: how many values it has
-    "How much a value grows in a minute, in the median: a leak grows all the time; a need that was never so large before makes a step"
-    return statistics.median(later - now for now, later in zip(values, values[minute:]))
+def line(seconds: list[float], values: list[float]) -> tuple[float, float]: # the line's rise from the first to the last, scatter of the values around it
+    "A line through the values"
+    slope, offset = statistics.linear_regression(seconds, values)
+    return slope * (seconds[-1] - seconds[0]), statistics.pstdev(value - offset - slope * at for at, value in zip(seconds, values))
 
 
 async def watch(process, until: float) -> list[float]: # MB
@@ -174,13 +175,25 @@ async def state(client, process) -> dict:
     return {key: health[key] for key in ("status", "slots", "at_work", "waiting")} | {key: objects.get(key, 0) for key in ("Job", "Choice", "Row", "TextStream", "tasks")} | dict(connections=len(process.net_connections()), open_files=process.num_fds(), threads=process.num_threads())
 
 
+async def warm_up(client, slots: int) -> None:
+    "Have everything full and of every size once: memory is taken where it is first used, and the library of matrix products keeps a program for each size"
+    chance = random.Random(0)
+    async def read(prompts: int, length: int, samples: int = 1): # prompts that begin alike would not all be read
+        assert await say(client, prompt=[[chance.randrange(256) for _ in range(length + 1)] for _ in range(prompts)], n=samples, max_tokens=8) == 200
+    for n in range(1, slots + 1): await read(1, 1, n)
+    for size in sorted(i << k for i in (4, 5, 6, 7) for k in range(10)): # tokens
+        n = -(-size // (LENGTH - 8))
+        await read(n, size // n)
+    for length in (LENGTH - 8, LONG, 60): await asyncio.gather(*[read(1, length, 2) for _ in range(slots)])
+
+
 async def soak(args, port: int, process) -> dict:
     "Let them all in, and look what is left"
     seen = dict(good=Counter(), bad=defaultdict(Counter), faults=[])
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)) as client:
         expected = [await answer(client, wanted) for wanted in GOOD]
         assert expected == [await answer(client, wanted) for wanted in GOOD], "a fresh server says different things"
-        await say(client, prompt=[5] * (LENGTH - 8), n=args.slots, max_tokens=8) # every slot has been full once: the memory of its cache is taken where it is first used
+        await warm_up(client, args.slots)
         await asyncio.sleep(2) # the last connection closes
         before, until = await state(client, process), time.monotonic() + 60 * args.minutes
         good = [good_client(i, client, expected, until, seen) for i in range(args.good)]
@@ -189,11 +202,11 @@ async def soak(args, port: int, process) -> dict:
         for _ in range(60):
             if (after := await state(client, process)) == before: break
             await asyncio.sleep(1)
-    second_half, minute = memory[len(memory) // 2:], min(60, len(memory) // 4)
-    grown = growth(second_half, minute)
+    skipped = min(60, len(memory) // 2)
+    rise, scatter = line(list(range(skipped, len(memory))), memory[skipped:])
     if before != after: seen["faults"].append(f"before {before}, after {after}")
-    if grown > .001 * second_half[0]: seen["faults"].append(f"the memory grew by {grown:.1f} MB a minute")
-    return dict(good=seen["good"], bad=seen["bad"], before=before, after=after, memory_mb=[round(value, 1) for value in memory[::10]], growth_mb_a_minute=round(grown, 2), second_half_mb=[round(second_half[0], 1), round(second_half[-1], 1)], faults=seen["faults"])
+    if rise > max(2 * scatter, .01 * memory[skipped]): seen["faults"].append(f"the memory grew by {rise:.1f} MB")
+    return dict(good=seen["good"], bad=seen["bad"], before=before, after=after, memory_mb=[round(value, 1) for value in memory[::10]], rise_mb=round(rise, 2), scatter_mb=round(scatter, 2), faults=seen["faults"])
 
 
 def main() -> None:
@@ -211,7 +224,7 @@ def main() -> None:
     good, bad = found["good"], {name: dict(statuses) for name, statuses in found["bad"].items()}
     print(f"{args.minutes:g} minutes: {good['same as alone']} good streams said the same as alone, {good['different']} something else, {good['broken']} broke; {good['asked again later']} found the line full and asked again")
     for name, statuses in sorted(bad.items()): print(f"  {name:<13} {sum(statuses.values()):6} times: " + ", ".join(f"{status}: {n}" for status, n in sorted(statuses.items())))
-    print(f"before: {found['before']}\nafter:  {found['after']}\nmemory: {found['memory_mb'][0]:.0f} MB at first, {found['memory_mb'][-1]:.0f} at last; in the second half from {found['second_half_mb'][0]} to {found['second_half_mb'][1]}, in the median by {found['growth_mb_a_minute']} MB a minute")
+    print(f"before: {found['before']}\nafter:  {found['after']}\nmemory: {found['memory_mb'][0]:.0f} MB at first, {found['memory_mb'][-1]:.0f} at last; after the first minute a line through it rises by {found['rise_mb']} MB, with {found['scatter_mb']} MB of scatter around it")
     for fault in found["faults"][:20]: print("FAULT", fault)
     if args.record: open(args.record, "w").write(json.dumps(dict(settings={name: value for name, value in vars(args).items() if name != "record"}, results=found), indent=1) + "\n")
     if found["faults"]: raise SystemExit(1)

@@ -19,7 +19,7 @@ from typing import Annotated, AsyncIterator, Callable, Literal, NamedTuple
 from fastcore.basics import patch
 
 from .chat import STAGES, fit_messages, open_engine
-from .common import NanochatError, keep_freed_memory, in_notebook
+from .common import NanochatError, in_notebook
 from .engine import Engine, Row, Settings, TextStream
 from .tasks import tool_parts
 
@@ -120,10 +120,10 @@ class Service:
     def start(self) -> "Service":
         "Start the engine's thread"
         engine = self.engine
-        if engine.device.type == "cpu": keep_freed_memory()
-        if engine.cache is None and engine.device.type == "cpu": # its memory is taken where it is first used: to reserve all costs nothing, to move everything later would hold up every answer
+        if engine.cache is None and engine.device.type == "cpu": # memory is taken where it is first used: to reserve all costs nothing, to move everything later would hold up every answer
             engine.refresh()
             engine.cache = engine.weights.make_cache(engine.max_batch, engine.max_len)
+            engine._borrow(engine.max_batch, engine.max_len)
         self.stopped, self.thread = False, threading.Thread(target=self.work, name="engine", daemon=True)
         self.thread.start()
         return self

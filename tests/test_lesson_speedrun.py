@@ -175,6 +175,13 @@ def test_journey_prefers_own_cards_and_fills_gaps_from_the_stored_lessons():
     assert len({card.split(':')[0] for card in cards}) == len(cards)
 
 
+def test_journey_passes_over_what_is_no_number_of_a_lesson():
+    lesson.story(2, 'my own card')
+    lesson.remember('story', 'bonus', text='of a fork')
+    cards = speed.journey(13).cards
+    assert 'Lesson 2: my own card' in cards and not any('of a fork' in card for card in cards)
+
+
 def test_every_stored_lesson_has_a_card():
     for path in sorted(LESSON.parent.glob('[0-9]*.ipynb')): assert len(speed.stored_card(path)) > 20, path.name
 

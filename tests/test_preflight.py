@@ -9,7 +9,7 @@ import yaml
 
 from nanochat import preflight as pf
 from nanochat.common import NanochatError, Run
-from nanochat.preflight import Estimate, check_hub, data_place, missing_files, plan_run, preflight, profile_machine
+from nanochat.preflight import check_hub, data_place, missing_files, plan_run, preflight
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -181,7 +181,9 @@ def test_the_plan_of_the_default_run_is_what_its_recorded_run_did():
     assert f"{plans['base'].memory['weights'] // 4:,} parameters, {plans['base'].steps:,} steps of {plans['base'].tokens // plans['base'].steps:,} tokens" in printed['stage("pretrain")']
     for module, stage in (("midtrain", "mid"), ("sft", "sft"), ("grpo", "rl")): assert f"{stage} {plans[stage].steps}/{plans[stage].steps} " in printed[f'stage("{module}")']
     took = sum(float(re.findall(r"\[([\d.]+) min\]", text)[-1]) for source, text in printed.items() if source.startswith("stage("))
-    assert 0.7 < Estimate("kindergarten", list(plans.values()), profile_machine("kindergarten", 1, 4)).minutes / took < 1.3
+    estimate = next("".join(out["data"]["text/plain"]) for cell in cells if "".join(cell["source"]).startswith("preflight(") for out in cell["outputs"])
+    assert f" {plans['base'].steps:,} " in re.search("^base .*", estimate, re.MULTILINE)[0]
+    assert 0.7 < float(re.search(r"^all +([\d.]+) min", estimate, re.MULTILINE)[1]) / took < 1.3  # said on the machine that then ran it: another's speed is no matter of this test
 
 
 def test_complete_stages_cost_nothing_more():
