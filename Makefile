@@ -37,7 +37,7 @@ speedrun: setup
 # Two at a time, each on one core: notebooks, then test files
 test: export OMP_NUM_THREADS = 1
 test: setup
-	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|speedrun'
+	$(BIN)/nbdev_test --n_workers 2 --skip_file_re '^[_.]|^speedrun'
 	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadgroup
 
 lab: setup

@@ -274,12 +274,13 @@ def first(self:KVCache,
     return cache_of((part[:, :n] for part in self.parts), self.lengths[:n])
 
 @patch
-def copy_of(self:KVCache,
+def cut(self:KVCache,
     row: int,
+    start: int, # its first token
     n: int, # tokens
-) -> KVCache: # one row
-    "A copy of a row's first tokens"
-    return cache_of((part[:, row:row + 1, :, :n].clone() for part in self.parts), self.lengths.new_tensor([n]))
+) -> KVCache: # one row; shares its memory with this one
+    "A part of a row as a cache of its own"
+    return cache_of((part[:, row:row + 1, :, start:start + n] for part in self.parts), self.lengths.new_tensor([n]))
 
 @patch
 def recut(self:KVCache, # with values token by token

@@ -283,27 +283,39 @@ def shared_length(
     different = a[:n] != b[:n]
     return int(different.argmax()) if different.any() else n
 
+# %% ../nbs/14_engine.ipynb #c53c80ba
 class Memory:
     "Ended texts with their keys and values, at most `limit` tokens of them"
-    def __init__(self, limit: int): self.limit, self.texts = limit, [] # (ids, cache of one row); the last used at the end
+    def __init__(self, limit: int): self.limit, self.texts, self.shelf = limit, [], None # (ids, place on the shelf), the last used at the end; the shelf: a cache of one row
 
     def longest(self,
         ids: np.ndarray, # (n,) a prompt
-    ) -> tuple[int, KVCache]: # tokens that it shares, cache that holds them; 0, None: too few
+    ) -> tuple[int, KVCache]: # tokens that it shares, and a cache of them until the next `keep`; 0, None: too few
         "The text that begins most like a prompt"
         shared, best = max(((shared_length(ids, known), i) for i, (known, _) in enumerate(self.texts)), default=(0, 0))
         if shared < WORTH_REUSING: return 0, None
         self.texts.append(self.texts.pop(best))
-        return shared, self.texts[-1][1]
+        return shared, self.shelf.cut(0, self.texts[-1][1], shared)
+
+    def place(self, n: int) -> int:
+        "Where a text of `n` tokens fits; the texts that were not used for longest make room"
+        while True:
+            end = 0
+            for ids, start in [*sorted(self.texts, key=lambda text: text[1]), ((), self.limit)]:
+                if start - end >= n: return end
+                end = start + len(ids)
+            self.texts.pop(0)
 
     def keep(self,
         ids: np.ndarray, # (n,) what a row has read
-        cache: KVCache, # one row, with their keys and values
+        cache: KVCache, # with their keys and values
+        row: int, # of the cache
     ) -> None:
-        "Add a text; it replaces those that it continues, and the oldest if there is no room"
-        self.texts = [(known, held) for known, held in self.texts if shared_length(ids, known) < len(known)]
-        self.texts.append((ids, cache))
-        while sum(len(known) for known, _ in self.texts) > self.limit: self.texts.pop(0)
+        "Copy a text to the shelf; it replaces those that it continues"
+        self.texts = [(known, start) for known, start in self.texts if shared_length(ids, known) < len(known)]
+        start = self.place(len(ids))
+        self.texts.append((ids, start))
+        self.shelf.cut(0, start, len(ids)).copy_from(cache.cut(row, 0, len(ids)), 0, 0)
 
 # %% ../nbs/14_engine.ipynb #f0f69dfd
 class Reading:
@@ -342,10 +354,7 @@ def _open(self: Engine, reading: Reading) -> Reading:
     reading.ids = torch.tensor(np.stack([np.pad(body[n:], (0, reading.new - len(body) + n)) for body, n in zip(bodies, known)]), device=self.device)
     reading.cache, reading.lengths = self._borrow(len(bodies), reading.start + reading.new), torch.tensor([len(body) for body in bodies])
     for i, (n, text) in enumerate(zip(known, texts)):
-        if not n: continue
-        beginning = text.first(1)
-        beginning.lengths = torch.tensor([n], device=self.device)
-        reading.cache.copy_from(beginning, 0, i)
+        if n: reading.cache.copy_from(text, 0, i)
     self.counts.update(read=sum(map(len, bodies)) - sum(known), reused=sum(known))
     return reading
 
@@ -533,7 +542,8 @@ def _leave(self: Engine, i: int, row: Row) -> None:
     self.holes.append(i)
     length = len(row.prompt) + int(self.state[i]["step"]) - 1 # the last token was chosen, but not read
     if not row.remember or not WORTH_REUSING <= length <= self.memory.limit: return
-    self.memory.keep(np.array((row.prompt + row.ids)[:length]), self.cache.copy_of(i, length))
+    if self.memory.shelf is None: self.memory.shelf = self.weights.make_cache(1, self.memory.limit)
+    self.memory.keep(np.array((row.prompt + row.ids)[:length]), self.cache, i)
 
 @patch
 def cancel(self: Engine, row: Row) -> None:

@@ -36,6 +36,11 @@ def test_the_notebooks_are_clean_and_keep_their_tags(tree):
     assert ["parameters"] in tags
 
 
+def test_all_notebooks_but_the_speedrun_are_run():
+    pattern = re.search(r"--skip_file_re '(.*?)'", (ROOT / "Makefile").read_text())[1]
+    assert [p.name for p in NOTEBOOKS if re.search(pattern, p.name)] == ["speedrun.ipynb"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_stores_outputs_without_errors_or_paths(path):
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
