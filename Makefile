@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python benchmarks/tokenizer.py $(if $(TEXT),--text $(TEXT) --megabytes 50)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/training.py --rounds 1
+	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/serving.py
 
 # Before a commit: export the modules, clean the notebooks, write README.md

@@ -5,6 +5,7 @@ python benchmarks/inference.py [--depths 4 8] [--batches 1 8 32] [--prompt 512] 
 Prefill is the time to the first new token of every row; decoding is the median time of the `--new` steps after it. The peer runs with its dynamic and
 its static cache; each ratio is to the better of the two. Weights are random, so what is written is noise, but both should write the same noise: the
 share of rows in which they do is printed (a rounding difference between two nearly equal scores can part them).
+The floor is what no decoding step in float32 can go below on the machine: the time in which it reads the weights and every row's keys and values once.
 """
 import argparse, json, os, statistics, tempfile, time
 from pathlib import Path
@@ -66,13 +67,26 @@ def measure(generate, prompts: list, new: int) -> tuple[dict, list]:
     return dict(prefill=len(prompts) * len(prompts[0]) / first, decode=len(prompts) / step, step_ms=1e3 * step), written
 
 
+def floor_ms(config, batch: int, tokens: int) -> float:
+    "The time to read as many bytes as a step must: the matrices, and the keys and values of so many tokens in each row"
+    import torch
+    matrices = 12 * config.n_layer * config.n_embd ** 2 + config.vocab_size * config.n_embd
+    memory = torch.ones(matrices + batch * tokens * 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head)
+    def read():
+        start = time.perf_counter()
+        memory.sum()
+        return time.perf_counter() - start
+    return 1e3 * min(read() for _ in range(10))
+
+
 def compare(args, depth: int) -> list[dict]:
     "Medians for every batch size of one depth"
     import torch
     from nanochat import hf
     from nanochat.tokenizer import Tokenizer
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        folder = hf.save(random_model(depth, args.vocab_size, args.prompt + args.new + 1), Tokenizer.train(["any"], 265), Path(scratch) / "export")
+        model = random_model(depth, args.vocab_size, args.prompt + args.new + 1)
+        folder = hf.save(model, Tokenizer.train(["any"], 265), Path(scratch) / "export")
         runners, rows = {"nanochat": ours(folder, args.vocab_size), "transformers dynamic": peer(folder, False), "transformers static": peer(folder, True)}, []
         for batch in args.batches:
             prompts = torch.randint(args.vocab_size, (batch, args.prompt), generator=torch.Generator().manual_seed(batch)).tolist()
@@ -85,9 +99,10 @@ def compare(args, depth: int) -> list[dict]:
             medians = {name: {key: round(statistics.median(r[key] for r in found), 2) for key in found[0]} for name, found in results.items()}
             ratios = {key: round(medians["nanochat"][key] / max(m[key] for name, m in medians.items() if name != "nanochat"), 2) for key in ("prefill", "decode")}
             same = statistics.mean(a == b for a, b in zip(written["nanochat"], written["transformers dynamic"]))
-            rows.append(dict(depth=depth, batch=batch, medians=medians, ratios=ratios, rows_with_the_same_text=same))
+            floor = round(floor_ms(model.config, batch, args.prompt + args.new // 2), 2)
+            rows.append(dict(depth=depth, batch=batch, medians=medians, ratios=ratios, floor_ms=floor, rows_with_the_same_text=same))
             for name, m in medians.items(): print(f"depth {depth:2} batch {batch:2}  {name:<22} prefill {m['prefill']:8,.0f} tokens/s   decode {m['decode']:7,.0f} tokens/s, {m['step_ms']:7.2f} ms a step", flush=True)
-            print(f"depth {depth:2} batch {batch:2}  nanochat is {ratios['prefill']:.2f} times as fast in prefill and {ratios['decode']:.2f} times in decoding; {same:.0%} of the rows have the same text", flush=True)
+            print(f"depth {depth:2} batch {batch:2}  nanochat is {ratios['prefill']:.2f} times as fast in prefill and {ratios['decode']:.2f} times in decoding; {same:.0%} of the rows have the same text; floor of a step {floor:.2f} ms", flush=True)
     return rows
 
 
