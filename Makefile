@@ -59,8 +59,10 @@ bench: setup
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/serving.py
 
-# Before a commit: export the modules, clean the notebooks, write README.md
+# Before a commit: export the modules, clean the notebooks, write README.md, and the quick tests
 prepare: setup
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(BIN)/jupyter nbconvert --to markdown --no-input --log-level ERROR --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -q tests/test_repository.py

@@ -108,7 +108,9 @@ def attempt(self: RolloutLoader, count: int, turn: int = 0) -> list[tuple]: # (p
     return [(prompt, group, [float(self.task.reward(p, self.tokenizer.decode(s.ids))) for s in group]) for p, prompt, group in zip(problems, prompts, groups)]
 
 # %% ../nbs/18_grpo.ipynb #9609f062
-def agrees(rewards: list[float]) -> bool: return min(rewards) == max(rewards)
+def agrees(rewards: list[float]) -> bool:
+    "Whether all samples of a group got the same reward, so that none is better than the others"
+    return min(rewards) == max(rewards)
 
 @patch
 def collect(self: RolloutLoader) -> tuple[list, list]: # the groups of the step, and all that were tried

@@ -187,7 +187,7 @@ exercise('muon.newton_schulz', newton_schulz_cases, tolerance=0.12, big=lambda r
     habits=(
         Habit('turned', lambda got, want, args: hasattr(got, 'shape') and got.shape == want.mT.shape != want.shape,
               'The result lies on its side. It has the shape of the input: transpose it back.'),
-        Habit('exact', lambda got, want, args: hasattr(got, 'shape') and got.shape == want.shape and bool(((s := torch.linalg.svdvals(got.double())) - 1).abs().max() < 0.01),
+        Habit('exact', lambda got, want, args: hasattr(got, 'shape') and got.shape == want.shape and bool((torch.linalg.svdvals(got.double()) - 1).abs().max() < 0.01),
               'All singular values are 1, nearer than these five iterations get. Did you use a decomposition (right, and slow on a GPU), or other coefficients?')))
 
 # %% ../nbs/28_lesson_muon.ipynb #ef473a2d

@@ -242,7 +242,9 @@ def turns_chart(tokenizer: Tokenizer, samples: list[Sample]):
 
 _BRIEF = {'<|python_start|>': 'call▸', '<|python_end|>': '◂call', '<|output_start|>': 'out▸', '<|output_end|>': '◂out'}
 
-def brief(piece: str) -> str: return _BRIEF.get(piece, piece.strip(' ') or '␣')   # a token in a small box
+def brief(piece: str) -> str:
+    "A token's text, for a small box"
+    return _BRIEF.get(piece, piece.strip(' ') or '␣')
 
 # %% ../nbs/38_lesson_tools.ipynb #804f538d
 def by_turns() -> Callable:

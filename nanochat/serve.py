@@ -480,7 +480,7 @@ class LimitBody:
             nonlocal seen, deadline
             try:
                 async with asyncio.timeout_at(deadline): message = await receive()
-            except TimeoutError: raise HTTPException(408, f"the request did not arrive within {SLOWEST_BODY} seconds")
+            except TimeoutError: raise HTTPException(408, f"the request did not arrive within {SLOWEST_BODY} seconds") from None
             if not message.get("more_body"): deadline = None # what follows is only the news that the client has left
             seen += len(message.get("body", b""))
             if seen > self.limit: raise HTTPException(413, f"the request has more than {self.limit} bytes")

@@ -23,8 +23,9 @@ import tiktoken
 from fastcore.basics import patch
 from .common import Compute, NanochatError, Run, print0, sha256_file, stage, write_atomic
 
-try: import rustbpe; rustbpe.train
-except (ImportError, AttributeError): rustbpe = None  # no Rust on this machine (the folder of its sources looks like an empty package): the Python trainer below finds the same merges, slowly
+try: import rustbpe
+except ImportError: rustbpe = None
+if not hasattr(rustbpe, "train"): rustbpe = None  # no Rust on this machine (the folder of its sources looks like an empty package): the Python trainer below finds the same merges, slowly
 
 # %% ../nbs/01_tokenizer.ipynb #4eeb6003
 def count_pairs(

@@ -71,6 +71,23 @@ def test_links_between_files_lead_somewhere():
     assert missing == []
 
 
+def test_ruff_finds_no_mistake():
+    if not Path(tool("ruff")).exists(): pytest.skip("ruff is not installed")
+    found = subprocess.run([tool("ruff"), "check", "--no-cache", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_every_record_is_listed_with_the_pages_that_show_it():
+    rows = [line for line in (ROOT / "runs_recorded/README.md").read_text().splitlines() if line.startswith("| [")]
+    listed = [(name, pages) for row in rows for name in re.findall(r"\((\w+\.json)\)", row) for pages in [re.findall(r"\((\.\./[^)]*)\)", row.split("|")[4])]]
+    assert sorted(name for name, _ in listed) == sorted(p.name for p in (ROOT / "runs_recorded").glob("*.json"))
+    sources = {"../lessons/13_speedrun.ipynb": "nanochat/lesson_speedrun.py", "../lessons/06_pretraining.ipynb": "nanochat/lesson_pretrain.py"}
+    for name, pages in listed:
+        for page in pages:
+            texts = [(ROOT / "runs_recorded" / page).read_text(), (ROOT / sources[page]).read_text() if page in sources else ""]
+            assert any(name.removesuffix(".json") in text for text in texts), f"{page} does not show {name}"
+
+
 def test_every_profile_loads_and_every_option_exists():
     from nanochat.common import list_profiles, load_profile, resolve_options
     import importlib

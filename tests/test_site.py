@@ -8,7 +8,7 @@ from nanochat.common import Stage, build_parser, load_profile, module_command, p
 
 ROOT = Path(__file__).resolve().parent.parent
 HOWTO = sorted((ROOT / "howto").glob("*.md"))
-PAGES = [*HOWTO, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "llms.txt"))]
+PAGES = [*HOWTO, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "llms.txt", "runs_recorded/README.md", "rustbpe/README.md"))]
 NOTEBOOKS = sorted(str(path.relative_to(ROOT)) for folder in ("nbs", "lessons", "howto", ".") for path in (ROOT / folder).glob("*.ipynb"))
 MODULES = dict(dataset="dataset", tokenizer="tokenizer", base="pretrain", mid="midtrain", sft="sft", rl="grpo", eval="evaluate")  # by section of a profile
 
@@ -23,7 +23,7 @@ def commands(path): # as lists of words
 
 
 def named(node): # every page in a part of _quarto.yml
-    if isinstance(node, str): return [node] if node.endswith((".ipynb", ".md")) else []
+    if isinstance(node, str): return [node] if node.endswith((".ipynb", ".md")) and "*" not in node else []
     return [page for part in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else []) for page in named(part)]
 
 
@@ -59,6 +59,20 @@ def test_smalldocs_finds_nothing_on_the_site():
     if not program.exists(): pytest.skip("smalldocs is not installed")
     done = subprocess.run([program, "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_reference_has_a_heading_for_every_public_name(tmp_path):
+    command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["project"]["pre-render"].split()
+    assert command[:3] == [".venv/bin/python", "-m", "nanochat.reference"]
+    subprocess.run([sys.executable, *command[1:3], tmp_path], cwd=ROOT, check=True)
+    modules = [path.stem for path in (ROOT / "nanochat").glob("*.py") if not path.stem.startswith("_")]
+    assert sorted(path.stem for path in tmp_path.glob("*.md")) == sorted(modules)
+    for module in modules:
+        headings = re.findall(r"^## `(\w+)`$", (tmp_path / f"{module}.md").read_text(), re.M)
+        assert headings == importlib.import_module(f"nanochat.{module}").__all__
+    assert "| `q` | `Tensor` |  | (B, H, T, D) |" in (tmp_path / "attention.md").read_text()
+    assert "### `Engine.generate`" in (tmp_path / "engine.md").read_text()
 
 
 # --- commands in pages -----------------------------------------------------------------------------------------------
