@@ -2,9 +2,11 @@
 
 python benchmarks/rl_switches.py --run kindergarten --seeds 1 2 3 --record runs_recorded/rl_switches.json
 
+One that is no switch goes along: `wrong_sign` turns every advantage around, as a mistake would, and must make the model worse.
 Every practice is a run of its own beside the given one, called RUN-SWITCH-SEED, so a comparison that was cut short goes on where it stopped.
 """
-import argparse, json, math, os, shutil, statistics, time
+import argparse, contextlib, json, math, os, shutil, statistics, time
+from unittest import mock
 
 from nanochat import grpo
 from nanochat.checkpoint import load_model
@@ -13,7 +15,7 @@ from nanochat.tasks import load_task
 
 SWITCHES = dict( # options of the stage, apart from those that the run's own practice had
     simple={}, deviation=dict(divide_by_deviation=True), fixed_length=dict(fixed_length=True), four_steps=dict(inner_steps=4), four_steps_no_clip=dict(inner_steps=4, clip=0.0),
-    clip_high=dict(inner_steps=4, clip_high=0.28), leash=dict(kl=0.05), resample=dict(resample=3))
+    clip_high=dict(inner_steps=4, clip_high=0.28), leash=dict(kl=0.05), resample=dict(resample=3), wrong_sign={})
 ALL_OFF = dict(divide_by_deviation=False, fixed_length=False, inner_steps=1, clip=0.2, clip_high=0.0, kl=0.0, resample=0)
 
 
@@ -31,8 +33,9 @@ def sibling(run: Run, name: str) -> Run:
 
 def practise(run: Run, name: str, options: dict) -> dict:
     "The stage's record, and how the measures went"
-    copy = sibling(run, name)
-    record = grpo.main(run=copy.name, profile=run.info["profile"], **options)
+    copy, own = sibling(run, name), grpo.advantages
+    with mock.patch.object(grpo, "advantages", lambda *given: -own(*given)) if "-wrong_sign-" in name else contextlib.nullcontext():
+        record = grpo.main(run=copy.name, profile=run.info["profile"], **options)
     log = [m for m in copy.metrics("rl") if "reward" in m]
     def course(key): return [round(m[key], 4) for m in log if key in m]
     return dict(seconds=record["results"]["train_seconds"], **{key: course(key) for key in ("reward", "informative", "length", "entropy", "kl", "clipped", "replaced") if course(key)})
