@@ -159,6 +159,7 @@ def compute_init(
     device: str = "auto", # auto, cpu, cuda or mps
     dtype: str = "auto", # auto, bfloat16 or float32
     seed: int = 42, # seed of torch's generators
+    patience: float = 7200.0, # seconds that a process waits for the others: the main one downloads or makes data meanwhile
 ) -> Compute:
     "Set up device, seeds and, under `torchrun`, the process group"
     rank, local_rank, world_size = get_dist_info()
@@ -175,9 +176,8 @@ def compute_init(
         if world_size > 1: torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     torch.manual_seed(seed)
     if world_size > 1 and not dist.is_initialized():
-        patience = timedelta(hours=2)  # the others wait while the main process downloads or makes data
-        if target.type == "cuda": dist.init_process_group("nccl", device_id=target, timeout=patience)
-        else: dist.init_process_group("gloo", timeout=patience)
+        if target.type == "cuda": dist.init_process_group("nccl", device_id=target, timeout=timedelta(seconds=patience))
+        else: dist.init_process_group("gloo", timeout=timedelta(seconds=patience))
     return Compute(target, pick_dtype(target, dtype), rank, local_rank, world_size)
 
 def compute_cleanup() -> None:

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['STAGES', 'PUBLISHED_ROWS', 'ACTIVATION', 'PROCESS', 'TOKENS_A_ROW', 'TEACHING', 'EAGER', 'CORE_ITEMS', 'CORE_TOKENS',
            'QUESTION', 'SHARD_CHARACTERS', 'SHARD_BYTES', 'CHARACTERS_A_TOKEN', 'KEPT', 'TASK_BYTES', 'DOWNLOAD',
-           'TRAIN_TOKENIZER', 'MAKE_DOCUMENTS', 'SHARE', 'COLUMN', 'COMPILE', 'MATMUL_SHARE', 'START', 'section_of',
-           'stage_words', 'read_command', 'check_shared', 'count_rows', 'rows_of', 'data_place', 'Ready',
-           'stand_in_tokenizer', 'walk', 'try_step', 'optimizer_bytes', 'memory_parts', 'Plan', 'mixture_tokens',
-           'count_steps', 'plan_training', 'written', 'plan_evaluation', 'hub_shards', 'characters', 'missing_files',
-           'plan_data', 'plan_run', 'Machine', 'profile_machine', 'best_seconds', 'matmul_flops', 'measure_model',
-           'free_disk', 'this_machine', 'Estimate', 'show_minutes', 'estimate_rows', 'check_memory', 'check_disk',
-           'check_shards', 'check_processes', 'check_trainer', 'check_hub', 'check_folder', 'note_estimate',
-           'preflight']
+           'TRAIN_TOKENIZER', 'MAKE_DOCUMENTS', 'SHARE', 'COLUMN', 'COMPILE', 'MATMUL_SHARE', 'START', 'PATIENCE',
+           'STARTS', 'GOALS', 'section_of', 'stage_words', 'read_command', 'check_shared', 'count_rows', 'rows_of',
+           'data_place', 'Ready', 'stand_in_tokenizer', 'walk', 'try_step', 'optimizer_bytes', 'memory_parts', 'Plan',
+           'mixture_tokens', 'count_steps', 'plan_training', 'written', 'plan_evaluation', 'hub_shards', 'characters',
+           'missing_files', 'plan_data', 'plan_run', 'Machine', 'profile_machine', 'best_seconds', 'matmul_flops',
+           'measure_model', 'free_disk', 'free_memory', 'this_machine', 'Estimate', 'show_minutes', 'estimate_rows',
+           'check_memory', 'check_disk', 'check_shards', 'check_processes', 'check_trainer', 'meet', 'missing_ranks',
+           'check_group', 'check_hub', 'check_folder', 'check_folders', 'plan_goals', 'note_estimate', 'preflight']
 
 # %% ../nbs/23_preflight.ipynb #4477a56c
-import contextlib, importlib, io, math, os, shutil, time, warnings
-from dataclasses import dataclass, field
+import contextlib, importlib, io, math, os, shutil, sys, time, warnings
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +25,8 @@ from unittest import mock
 import torch
 from fastcore.basics import patch
 
-from .common import (Compute, NanochatError, Run, build_parser, home, keep_freed_memory, load_profile, parse_value, pick_device, pick_dtype, resolve_options,
-                             stage_command, stage_options)
+from .common import (Compute, NanochatError, Run, build_parser, compute_init, die_with_parent, get_dist_info, home, in_notebook, keep_freed_memory, leave_now,
+                             load_profile, module_command, parse_value, pick_device, pick_dtype, resolve_options, stage_command, stage_options)
 from .dataset import TASK_FILES, Source, find_corpus, folder_root, have_file, hub_names, parse_mixture, read_manifest
 from .evaluate import CHATCORE_TASKS
 from .gpt import GPT, LOGITS_PER_CHUNK
@@ -332,6 +332,7 @@ class Machine:
     memory: float # bytes for one process
     disk: float # bytes free
     hourly: float = 0.0 # dollars
+    tightest: str = "" # where the memory is least, for the message
 
 SHARE = 0.45 # of a GPU's peak: 41 to 51% are published for runs of this size (the reference system, October 2025)
 COLUMN = dict(cuda=0.0005, cpu=0.0025) # seconds a layer
@@ -393,6 +394,14 @@ def free_disk() -> float: # bytes
     folder = next(path for path in (home(), *home().parents) if path.exists())
     return float(shutil.disk_usage(folder).free)
 
+def free_memory(kind: str, nproc: int) -> tuple[float, str]: # bytes for one process, where that is
+    "The least free memory of the GPUs that processes will use, or a process's share of the main memory"
+    import psutil
+    if kind != "cuda": return psutil.virtual_memory().available / nproc, ""
+    torch.cuda.empty_cache()  # of what was measured here
+    free, total, i = min((*torch.cuda.mem_get_info(i), i) for i in range(nproc))
+    return float(free), f" free on GPU {i}, which has {total / 1e9:.1f}"
+
 def this_machine(
     base: Trainer, # of `plan_run`
     values: dict, # options of the base stage
@@ -400,7 +409,6 @@ def this_machine(
     hourly: float = 0.0, # dollars
 ) -> Machine:
     "Measure this machine: by real steps of the model where one takes a moment, else by the speed of bare products"
-    import psutil
     device = pick_device(values["device"])
     dtype, layers, kind = pick_dtype(device, values["dtype"]), base.model.config.n_layer, "cuda" if device.type == "cuda" else "cpu"
     operations, bare = base.model.flops_per_token() * base.loader.batch_size * base.loader.sequence_len, matmul_flops(device, dtype)
@@ -410,8 +418,8 @@ def this_machine(
         step, column = measure_model(base, device, dtype)
         flops, how = operations / step * EAGER, f"steps of the model at {operations / step / 1e12:.3g} TFLOP/s"
     warm = any((home() / "compiled").glob("*"))
-    memory = torch.cuda.get_device_properties(device).total_memory if kind == "cuda" else psutil.virtual_memory().available / nproc
-    return Machine(f"this machine: measured {how}", flops, column, 3.0 if warm else COMPILE[kind] * layers, float(memory), free_disk(), hourly)
+    memory, tightest = free_memory(kind, nproc)
+    return Machine(f"this machine: measured {how}", flops, column, 3.0 if warm else COMPILE[kind] * layers, memory, free_disk(), hourly, tightest)
 
 # %% ../nbs/23_preflight.ipynb #e5959458
 START = 3.0 # seconds until a stage's process works
@@ -469,7 +477,7 @@ def check_memory(estimate: Estimate) -> None:
         rows = plan.options["batch_size"]
         fitting = int(rows * (1 - (need - has) / (plan.memory["activations"] or need)))
         advice = f"set {section_of(plan.module)}.batch_size to {2**int(math.log2(fitting))} or less" if fitting >= 1 else "take a smaller model or sequence_len"
-        raise NanochatError(f"memory: stage {plan.stage} needs {need / 1e9:.1f} GB for a process with batch_size {rows}, and there are {has / 1e9:.1f}; {advice}")
+        raise NanochatError(f"memory: stage {plan.stage} needs {need / 1e9:.1f} GB for a process with batch_size {rows}, and there are {has / 1e9:.1f}{estimate.machine.tightest}; {advice}")
 
 def check_disk(estimate: Estimate) -> None:
     "Raise `NanochatError` where the run's files will not fit"
@@ -502,6 +510,53 @@ def check_trainer(text: float) -> None: # text: characters
     if rustbpe is None and text > 50e6:
         raise NanochatError(f"rustbpe is missing, and {text / 1e6:,.0f} million characters are too many for the Python trainer; install Rust (https://rustup.rs), then: make -B setup")
 
+# %% ../nbs/23_preflight.ipynb #b6874020
+PATIENCE, STARTS = 60.0, 30.0 # seconds that the processes of the check wait for each other, and in which torchrun has started them
+
+def meet(device: str = "auto", patience: str = "60") -> None: # patience: seconds
+    "What every process of the check does: come, join the others as a stage does, and add up a number of each"
+    rank, _, processes = get_dist_info()
+    print(f"rank {rank} came", flush=True)
+    try:
+        compute = compute_init(device, patience=float(patience))
+        total = compute.all_reduce(torch.full((2**20,), rank + 1.0, device=compute.device))
+        if not total.eq(processes * (processes + 1) / 2).all(): raise RuntimeError(f"rank {rank} got a wrong sum")
+    except (NanochatError, RuntimeError, ValueError) as error:
+        print("reason: " + " ".join(str(error).split("] ")[-1].split()), flush=True)  # without the place in gloo's source
+        leave_now(1)
+    leave_now()
+
+def missing_ranks(
+    said: str, # what the processes of `meet` printed
+    nproc: int, # processes of this machine
+) -> list[int]:
+    "Which processes of this machine never came"
+    first = int(os.environ.get("NODE_RANK") or 0) * nproc
+    return [rank for rank in range(first, first + nproc) if f"rank {rank} came" not in said]
+
+# %% ../nbs/23_preflight.ipynb #71d5f37a
+def check_group(
+    nproc: int, # processes of this machine
+    device: str,
+    patience: float = PATIENCE, # seconds
+) -> None:
+    "Raise `NanochatError` if the processes of a stage do not find each other or cannot add up numbers: NCCL on GPUs, gloo on CPUs"
+    import psutil, subprocess
+    nodes, limit = int(os.environ.get("NNODES") or 1), 2 * patience + STARTS
+    if nodes * nproc == 1: return
+    with subprocess.Popen([*module_command(nproc), "nanochat.preflight", device, str(patience)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent) as process:
+        try: said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]: each.kill()
+            said, _ = process.communicate()
+    missing, reasons = missing_ranks(said, nproc), [line[8:] for line in said.splitlines() if line.startswith("reason: ")]
+    if process.returncode == 0 and not missing: return
+    if nodes > 1 and len(missing) in (0, nproc): why = f"no word from all {nodes} machines within {limit:.0f} s"
+    elif missing: why = f"process {missing[0]} did not come within {patience:.0f} s"
+    else: why = (reasons or said.strip().splitlines() or ["no reason given"])[-1][:120]
+    advice = "start the run on every machine, see howto/several_nodes.md" if nodes > 1 else "NCCL_DEBUG=INFO shows where they wait, nvidia-smi whether a GPU is lost" if pick_device(device).type == "cuda" else "use -p nproc 1"
+    raise NanochatError(f"processes: {nodes * nproc} cannot work together ({why}); {advice}")
+
 # %% ../nbs/23_preflight.ipynb #26a0f052
 def check_hub(missing: list[str]) -> None: # missing: of `missing_files`
     "Raise `NanochatError` if something must be fetched and the hub does not answer"
@@ -520,22 +575,54 @@ def check_hub(missing: list[str]) -> None: # missing: of `missing_files`
     else: return
     raise NanochatError(f"hub: {endpoint} does not answer ({reason[:100]}), and {missing[0]} is not here; check the network and HF_ENDPOINT, or use -p data kindergarten")
 
-def check_folder(run: str) -> None:
-    "Raise `NanochatError` if the run's folder cannot be written"
-    probe = home() / "runs" / run / ".preflight"
+def check_folder(folder: Path, variable: str = "NANOCHAT_HOME") -> None: # variable: what says where it is
+    "Raise `NanochatError` if files cannot be written into a folder"
+    probe = folder / ".preflight"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error: raise NanochatError(f"{probe.parent}: cannot be written ({error.strerror}); set NANOCHAT_HOME to a folder of your own") from None
+    except OSError as error: raise NanochatError(f"{folder}: cannot be written ({error.strerror}); set {variable} to a folder of your own") from None
+
+def check_folders(run: str, data: Plan) -> None: # data: of the dataset stage
+    "Raise `NanochatError` for the first folder that a run writes into and cannot: its own, that of the data, that of compiled models"
+    check_folder(home() / "runs" / run)
+    root, complete = data_place(data.options)
+    if not (complete or data.done): check_folder(root)
+    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    check_folder(Path(compiled or home() / "compiled"), "TORCHINDUCTOR_CACHE_DIR" if compiled else "NANOCHAT_HOME")
 
 # %% ../nbs/23_preflight.ipynb #0e64ccff
-def note_estimate(estimate: Estimate, name: str) -> None: # name: of the run
-    "Note in run.json what each stage that is still to come should take, in seconds: the report compares"
+GOALS = dict(d20="speedrun", d26="d26", d30="d30") # published models → their profiles
+
+def plan_goals(
+    machine: Machine, # measured with a model of
+    layers: int, # L
+    nproc: int, # processes of the machine
+) -> dict[str, float]: # model → seconds
+    "What the pipelines of the published models would take on a machine, in time; whether they fit is another question"
+    found = {}
+    for name, profile in GOALS.items():
+        try: plans, base = plan_run(profile)
+        except NanochatError: continue  # a number of machines that does not divide its batch
+        for plan in plans: plan.columns *= base.compute.world_size / nproc
+        deeper = base.model.config.n_layer / layers
+        found[name] = float(round(sum(Estimate(profile, plans, replace(machine, column=machine.column * deeper, compile=machine.compile * deeper)).seconds)))
+    return found
+
+def note_estimate(
+    estimate: Estimate,
+    name: str, # of the run
+    layers: int, # L of its model
+    nproc: int, # processes, over all machines
+) -> None:
+    "Note in run.json what each stage that is still to come should take, in seconds, and the price: the report compares"
     run = Run.create(name, profile=estimate.profile)
     begun = [path.stem for path in run.path("stages").glob("*.seconds")] # and stopped: what was said before stays
-    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done and plan.stage not in begun})
+    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done and plan.stage not in begun},
+                    goals=run.info.get("goals") or plan_goals(estimate.machine, layers, nproc), **(dict(hourly_usd=estimate.machine.hourly) if estimate.machine.hourly else {}))
 
+# %% ../nbs/23_preflight.ipynb #0e251cbd
 def preflight(
     profile: str = "kindergarten", # name or path of a profile
     run: str = "", # name of the run, in which the estimate is noted; empty: of none
@@ -555,13 +642,18 @@ def preflight(
         root, done = data_place(dataset)[0], Run(name).stages()
         for plan in plans: plan.done = plan.stage in done and plan.stage != "report"
         check_processes(nproc, values["device"])
+        check_group(nproc, values["device"])
         check_trainer(min(plans[1].options["max_chars"], characters(dataset, root)))
-        check_folder(name)
+        check_folders(name, plans[0])
         if dataset["data"] == "hub" and not plans[0].done: check_hub(missing_files(dataset, root))
         machine = this_machine(base, values, nproc, settings["about"].get("hourly_usd", 0.0))
-    machine.flops *= base.compute.world_size / nproc  # several machines
+    machine.flops, machine.hourly = (each * base.compute.world_size / nproc for each in (machine.flops, machine.hourly))  # several machines
     estimate = Estimate(profile, plans, machine)
     check_memory(estimate)
     check_disk(estimate)
-    if run and not dry_run: note_estimate(estimate, run)
+    if run and not dry_run: note_estimate(estimate, run, base.model.config.n_layer, base.compute.world_size)
     return estimate
+
+# %% ../nbs/23_preflight.ipynb #5bff0492
+#| eval: false
+if __name__ == "__main__" and not in_notebook(): meet(*sys.argv[1:])

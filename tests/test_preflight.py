@@ -8,17 +8,19 @@ import pytest
 import yaml
 
 from nanochat import preflight as pf
-from nanochat.common import NanochatError, Run
+from nanochat.common import NanochatError, Run, list_profiles, load_profile
 from nanochat.preflight import check_hub, data_place, missing_files, plan_run, preflight
 
 ROOT = Path(__file__).resolve().parent.parent
+plan_goals = pf.plan_goals
 
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     "Nothing is on this machine yet"
     monkeypatch.setenv("NANOCHAT_HOME", str(tmp_path / "home"))
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NNODES"): monkeypatch.delenv(name, raising=False)
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "NNODES", "TORCHINDUCTOR_CACHE_DIR"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pf, "plan_goals", lambda *given: {})  # seconds that one test needs
 
 
 def profile_file(tmp_path, name, change):
@@ -50,8 +52,23 @@ def test_the_dry_run_of_a_large_profile_passes_and_gives_the_published_hours(pro
     assert "×H100" in repr(estimate) and "45%" in repr(estimate)
 
 
-@pytest.mark.parametrize("profile", ["kindergarten", "tiny", "gpu1", "laptop", "realdata"])
-def test_the_dry_run_of_a_small_profile_passes(profile): assert preflight(profile, dry_run=True).minutes > 0
+@pytest.mark.parametrize("profile", list_profiles())
+def test_the_dry_run_of_every_profile_says_time_memory_disk_and_cost(profile):
+    estimate, about = preflight(profile, dry_run=True), load_profile(profile)["about"]
+    last = repr(estimate).splitlines()[-1]
+    time, unit, memory, gb, disk, also_gb, *dollars = last.split()[1:]
+    assert last.startswith("all ") and unit in ("min", "h") and gb == also_gb == "GB" and float(time.replace(",", "")) > 0
+    assert 0 < float(memory) <= about["memory_gb"] and 0 < float(disk) <= about["disk_gb"]
+    assert 0.4 < estimate.minutes / about["minutes"] < 1.8
+    if "hourly_usd" in about: assert float(dollars[0]) == pytest.approx(estimate.minutes / 60 * about["hourly_usd"], abs=0.01)
+    else: assert not dollars and not estimate.dollars
+
+
+def test_the_dry_run_of_d20_has_the_published_figures():
+    estimate = preflight("speedrun", dry_run=True)
+    base = next(plan for plan in estimate.plans if plan.stage == "base")
+    assert (base.steps, base.tokens) == (21_400, 11_219_763_200)
+    assert 3.5 < estimate.minutes / 60 < 4.5 and 80 < estimate.dollars < 110 and estimate.machine.hourly == 24
 
 
 FAULTS = {
@@ -136,6 +153,67 @@ def test_a_folder_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
     assert "cannot be written (Not a directory); set NANOCHAT_HOME" in planted("tiny", "run")
 
 
+@pytest.mark.parametrize("profile, folder", [("tiny", "data"), ("laptop", "data/hub"), ("tiny", "compiled")])
+def test_every_folder_that_a_run_writes_into_is_tried(profile, folder, tmp_path):
+    path = tmp_path / "home" / folder
+    path.parent.mkdir(parents=True)
+    path.write_text("")
+    line = planted(profile, "run")
+    assert line.startswith(str(path)) and "cannot be written" in line and line.endswith("set NANOCHAT_HOME to a folder of your own")
+
+
+def test_a_folder_for_compiled_models_that_cannot_be_written_is_called_by_its_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/compiled"))
+    assert planted("tiny", "run").endswith("set TORCHINDUCTOR_CACHE_DIR to a folder of your own")
+    assert not list((tmp_path / "home").rglob(".preflight"))  # what was tried leaves nothing
+
+
+def test_the_gpu_with_the_least_free_memory_decides(monkeypatch):
+    free = [80e9, 30e9, 79e9]
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (int(free[i]), 85 * 10**9))
+    assert pf.free_memory("cuda", 3)[0] == 30e9 and pf.free_memory("cuda", 1)[0] == 80e9
+    estimate = preflight("speedrun", dry_run=True)
+    estimate.machine.memory, estimate.machine.tightest = pf.free_memory("cuda", 3)
+    with pytest.raises(NanochatError, match="there are 30.0 free on GPU 1, which has 85.0; set base.batch_size to 8"): pf.check_memory(estimate)
+
+
+# --- processes that work together ------------------------------------------------------------------------------------
+
+def test_two_processes_meet_and_add_up():
+    pf.check_group(2, "cpu")
+    pf.check_group(1, "abacus")  # one alone has nobody to meet
+
+
+def test_a_process_that_never_comes_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os, time\nif os.environ.get('RANK') == '1': time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    start = time.time()
+    with pytest.raises(NanochatError) as refused: pf.check_group(2, "cpu", 3.0)
+    assert str(refused.value) == "processes: 2 cannot work together (process 1 did not come within 3 s); use -p nproc 1"
+    assert time.time() - start < 60
+
+
+def test_a_machine_that_never_comes_is_missed_and_nothing_goes_on_waiting(monkeypatch):
+    import psutil
+    monkeypatch.setattr(pf, "STARTS", 10.0)
+    for name, value in dict(NNODES="2", NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517").items(): monkeypatch.setenv(name, value)
+    with pytest.raises(NanochatError, match=r"^processes: 2 cannot work together \(no word from all 2 machines within 11 s\); start the run on every machine") as refused: pf.check_group(1, "cpu", 0.5)
+    assert "\n" not in str(refused.value) and not psutil.Process().children(recursive=True)
+
+
+def test_a_network_that_is_not_there_is_told_in_one_line(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    with pytest.raises(NanochatError, match="Unable to find address for: nosuch0") as refused: pf.check_group(2, "cpu", 5.0)
+    assert "\n" not in str(refused.value) and "third_party" not in str(refused.value)
+
+
+def test_a_run_of_several_processes_is_stopped_where_they_do_not_meet(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    assert planted("tiny", "run", nproc=2).startswith("processes: 2 cannot work together")
+
+
 def test_more_processes_than_the_machine_has_stop_the_run(): assert "nproc 512: this machine has" in planted("kindergarten", "run", nproc=512, options={"base": {"total_batch_size": 2**22}, "mid": {"total_batch_size": 2**22}, "sft": {"examples_per_step": 512, "batch_size": 1}, "rl": {"examples_per_step": 512}})
 
 
@@ -186,6 +264,20 @@ def test_the_plan_of_the_default_run_is_what_its_recorded_run_did():
     assert 0.7 < float(re.search(r"^all +([\d.]+) min", estimate, re.MULTILINE)[1]) / took < 1.3  # said on the machine that then ran it: another's speed is no matter of this test
 
 
+def test_the_price_and_what_the_published_models_would_take_here_are_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(pf, "plan_goals", plan_goals)
+    preflight(profile_file(tmp_path, "tiny", lambda profile: profile["about"].update(hourly_usd=3)), "run")
+    info = Run("run").info
+    assert info["hourly_usd"] == 3 and 0 < info["goals"]["d20"] < info["goals"]["d26"] < info["goals"]["d30"]
+    estimate = preflight("speedrun", dry_run=True)
+    machine = pf.profile_machine("speedrun", 8, 20)
+    assert plan_goals(machine, 20, 8)["d20"] == pytest.approx(sum(estimate.seconds), rel=0.01)  # d20 on the machine it is made for
+    assert plan_goals(pf.replace(machine, flops=machine.flops / 2), 20, 8)["d20"] > 1.8 * sum(estimate.seconds)
+    noted = info["goals"]
+    preflight("tiny", "run")
+    assert Run("run").info["goals"] == noted and "hourly_usd" not in Run.create("free").info  # what was said first stays
+
+
 def test_complete_stages_cost_nothing_more():
     whole = preflight("tiny", "run")
     run = Run.create("run")
@@ -225,5 +317,5 @@ def test_several_machines_share_a_step(monkeypatch):
     assert "NODE_RANK is not set" in planted("speedrun", dry_run=True)
     for name, value in dict(NODE_RANK="0", MASTER_ADDR="127.0.0.1").items(): monkeypatch.setenv(name, value)
     both = preflight("speedrun", dry_run=True, options={"base": {"batch_size": 16}, "mid": {"batch_size": 16}})
-    assert both.seconds[2] < 0.6 * alone.seconds[2]
+    assert both.seconds[2] < 0.6 * alone.seconds[2] and both.machine.hourly == 2 * alone.machine.hourly
     assert next(plan for plan in both.plans if plan.stage == "base").tokens == next(plan for plan in alone.plans if plan.stage == "base").tokens
