@@ -38,8 +38,11 @@ from .common import Compute, NanochatError, Run, home, print0, sha256_file, stag
 from .tokenizer import well_formed
 
 # %% ../nbs/03_dataset.ipynb #173452ed
-def open_shard(path: Path, column: str = 'text') -> pq.ParquetFile:
-    "Open one parquet shard and check that it is whole and has a text column; else one line that names file and fix."
+def open_shard(
+    path: Path,
+    column: str = 'text',  # that must be there, and hold strings
+) -> pq.ParquetFile:  # its footer is read, its texts are not yet
+    "Open one parquet shard and check that it is whole and has a text column; else raises `NanochatError`, one line that names file and fix."
     path = Path(path)
     try: shard = pq.ParquetFile(path)
     except FileNotFoundError: raise NanochatError(f"shard {path.name} is missing from {path.parent}; run the dataset stage again") from None
@@ -52,8 +55,13 @@ def open_shard(path: Path, column: str = 'text') -> pq.ParquetFile:
     raise NanochatError(f"shard {path} needs a column {column!r} of strings and has ({found}); give a folder of text shards")
 
 # %% ../nbs/03_dataset.ipynb #611ea3d9
-def read_row_group(shard: pq.ParquetFile, path: Path, i: int, column: str = 'text') -> pa.Array:  # of strings
-    "The documents of row group `i`; damaged pages become one line that names the file. A null is an empty document."
+def read_row_group(
+    shard: pq.ParquetFile,  # as `open_shard` gives it
+    path: Path,             # of the shard, for the message
+    i: int,                 # number of the row group, from 0
+    column: str = 'text',   # of the texts
+) -> pa.Array:  # of strings
+    "The documents of row group `i`; raises `NanochatError` for damaged pages, one line that names the file. A null is an empty document."
     try:
         texts = shard.read_row_group(i, columns=[column], use_threads=False).column(column).combine_chunks()
         texts.validate(full=True)  # parquet takes any bytes for a text
@@ -61,30 +69,43 @@ def read_row_group(shard: pq.ParquetFile, path: Path, i: int, column: str = 'tex
         raise NanochatError(f"shard {path} is damaged in row group {i} ({str(error).splitlines()[0][:80]}); delete it and run the dataset stage again") from None
     return texts.fill_null('') if texts.null_count else texts
 
-def parquet_row_groups(files: list[Path], column: str = 'text',
-                       rank: int = 0, world_size: int = 1,      # of each file, this process reads row groups rank, rank+world_size, …
-                       start: tuple[int, int] = (0, 0),         # (file, row group) to begin at
-                      ) -> Iterator[tuple[int, int, pa.Array]]: # file, row group, its documents
+def parquet_row_groups(
+    files: list[Path],                # shards, read in this order
+    column: str = 'text',             # of the texts
+    rank: int = 0,                    # of each file, this process reads row groups rank, rank + world_size, …
+    world_size: int = 1,              # processes that share the files
+    start: tuple[int, int] = (0, 0),  # (file, row group) to begin at, each from 0
+) -> Iterator[tuple[int, int, pa.Array]]:  # number of the file, number of the row group, its documents
     "One pass over the row groups of the files in order, from `start` on."
     for file in range(start[0], len(files)):
         shard = open_shard(files[file], column)
         for row_group in range(rank, shard.num_row_groups, world_size):
             if (file, row_group) >= tuple(start): yield file, row_group, read_row_group(shard, files[file], row_group, column)
 
-def parquet_documents(files: list[Path], column: str = 'text', rank: int = 0, world_size: int = 1,
-                      start: tuple[int, int] = (0, 0)) -> Iterator[str]:
+def parquet_documents(
+    files: list[Path],                # shards, read in this order
+    column: str = 'text',             # of the texts
+    rank: int = 0,                    # of each file, this process reads row groups rank, rank + world_size, …
+    world_size: int = 1,              # processes that share the files
+    start: tuple[int, int] = (0, 0),  # (file, row group) to begin at, each from 0
+) -> Iterator[str]:
     "One pass over the documents of the files in order, from row group `start` on; shared out over ranks by row group."
     for _, _, texts in parquet_row_groups(files, column, rank, world_size, start): yield from texts.to_pylist()
 
 # %% ../nbs/03_dataset.ipynb #a1377c77
-def read_manifest(root: Path) -> dict:
-    "What a data root says about itself: its pinned validation files, and bytes and SHA-256 of each file."
+def read_manifest(
+    root: Path,  # a data root
+) -> dict:  # 'val_shard', 'files', 'complete' and 'chosen', each a mapping; {} where there is no manifest
+    "What a data root says about itself: its pinned validation files, and bytes and SHA-256 of each file; raises `NanochatError` for a damaged manifest."
     path = Path(root)/'manifest.json'
     if not path.exists(): return {}
     try: return json.loads(path.read_text())
     except ValueError as error: raise NanochatError(f"{path} is not JSON ({error}); delete it and run the dataset stage again") from None
 
-def update_manifest(root: Path, **changes) -> bool:  # False where the root is read-only
+def update_manifest(
+    root: Path,  # a data root
+    **changes,   # of a key of the manifest, as 'files': the entries to add or replace
+) -> bool:  # False where the root is read-only
     "Merge dictionaries into the root's manifest, atomically."
     manifest = read_manifest(root)
     for key, value in changes.items(): manifest[key] = {**manifest.get(key, {}), **value}
@@ -96,12 +117,16 @@ def update_manifest(root: Path, **changes) -> bool:  # False where the root is r
     return True
 
 # %% ../nbs/03_dataset.ipynb #4d5034e9
-def describe_file(path: Path) -> dict:
+def describe_file(path: Path) -> dict:  # bytes, and sha256 as 64 hexadecimal digits
     "Bytes and SHA-256 of a file, as the manifest keeps them."
     return dict(bytes=Path(path).stat().st_size, sha256=sha256_file(path))
 
-def verify_files(root: Path, files: list[Path], digests: bool = True) -> int:  # files checked
-    "Compare files with the manifest: sizes, and digests if asked; the first that differs is named, with the fix."
+def verify_files(
+    root: Path,            # with the manifest; files that it does not know are passed over
+    files: list[Path],     # to check
+    digests: bool = True,  # compare SHA-256, too, which reads every byte
+) -> int:  # files checked
+    "Compare files with the manifest: sizes, and digests if asked; raises `NanochatError` for the first that differs, with the fix."
     known, checked = read_manifest(root).get('files', {}), 0
     for path in files:
         record = known.get(path.relative_to(root).as_posix()) if path.is_relative_to(root) else None
@@ -124,7 +149,9 @@ class Corpus:
     num_shards: int = 0    # files of the whole collection; 0: not known
     column: str = ''       # the column of the texts; '': found by its name
 
-    def shard(self, i: int) -> str:
+    def shard(self,
+        i: int,  # from 0
+    ) -> str:
         "File name of shard `i`."
         return self.pattern.replace('*', f'{i:05d}')
 
@@ -135,7 +162,9 @@ CORPORA = {
 }
 
 # %% ../nbs/03_dataset.ipynb #4381e9e8
-def shard_names(files: list[Path]) -> list[str]:
+def shard_names(
+    files: list[Path],  # of one corpus
+) -> list[str]:  # in the same order
     "A name for each file: its own where no two are alike, else with the folders above it that it takes to tell them apart."
     for depth in range(1, max((len(path.parts) for path in files), default=0) + 1):
         names = ['/'.join(path.parts[-depth:]) for path in files]
@@ -143,12 +172,13 @@ def shard_names(files: list[Path]) -> list[str]:
     return names if files else []
 
 # %% ../nbs/03_dataset.ipynb #a0ed3888
-def pin_val_shard(root: Path,          # where the manifest is kept
-                  corpus: Corpus,
-                  names: list[str],    # the shards that are here
-                  pinned: str | None = None,  # the name a run already holds
-                 ) -> str:             # name of the validation shard
-    "The validation shard by name: the one kept from first use; at first use the catalogue's if it is here, else the last."
+def pin_val_shard(
+    root: Path,                 # where the manifest is kept
+    corpus: Corpus,
+    names: list[str],           # the shards that are here
+    pinned: str | None = None,  # the name a run already holds; None: what the manifest holds
+) -> str:  # name of the validation shard
+    "The validation shard by name: the one kept from first use; at first use the catalogue's if it is here, else the last. Raises `NanochatError` if it is missing, or a corpus has a single shard."
     key = corpus.repo if corpus.num_shards or corpus.pattern == '*' else f'{corpus.repo}/{corpus.pattern}'
     kept = pinned or read_manifest(root).get('val_shard', {}).get(key)
     if kept is None:
@@ -159,30 +189,41 @@ def pin_val_shard(root: Path,          # where the manifest is kept
     raise NanochatError(f"the validation shard {kept} of {corpus.repo} is missing from {root}; put it back, or scores stop being comparable")
 
 # %% ../nbs/03_dataset.ipynb #bc21dd0f
-def repo_files(root: Path,   # a data root
-               repo: str,    # folder inside it: owner/name
-               pattern: str = '*.parquet',  # glob inside that folder
-              ) -> list[Path]:              # sorted by name
-    "The files of one data set inside a data root; none is an error that says where they were looked for."
+def repo_files(
+    root: Path,                  # a data root
+    repo: str,                   # folder inside it: owner/name
+    pattern: str = '*.parquet',  # glob inside that folder
+) -> list[Path]:  # sorted by name
+    "The files of one data set inside a data root; raises `NanochatError` where there are none, and says where they were looked for."
     files = sorted((Path(root)/repo).glob(pattern))
     if files: return files
     raise NanochatError(f"no {pattern} under {repo} in the data root {root}; run the dataset stage again, or point --data at a folder that has it")
 
-def find_bundle(root: Path) -> Path | None:
+def find_bundle(
+    root: Path,  # a data root
+) -> Path | None:  # its folder; None where there is none
     "The CORE evaluation bundle that belongs to a data root: inside it, or beside it."
     root = Path(root)
     places = (root/'eval_bundle', root.parent/'eval_bundle', root.parent/'core_bundle'/'eval_bundle')
     return next((place for place in places if (place/'core.yaml').exists()), None)
 
 # %% ../nbs/03_dataset.ipynb #f82593dd
-def folder_root(folder: Path) -> Path:
-    "The data root that a folder means: itself, or the hf_parquet/ inside it."
+def folder_root(
+    folder: Path,  # as `--data` names it; ~ is the home folder
+) -> Path:  # absolute
+    "The data root that a folder means: itself, or the hf_parquet/ inside it; raises `NanochatError` if it is no folder."
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir(): raise NanochatError(f"data {str(folder)!r} is not a folder; use kindergarten, hub, or a folder in the hub's layout")
     return folder/'hf_parquet' if (folder/'hf_parquet').is_dir() else folder
 
-def split_files(root: Path, corpus: Corpus, files: list[Path], shards: int = -1, pinned: str | None = None) -> tuple[list[Path], list[Path]]:
-    "Training and validation shards among a corpus's files; `shards` limits the first, -1 is all."
+def split_files(
+    root: Path,                 # where the manifest is kept
+    corpus: Corpus,
+    files: list[Path],          # all that the corpus has here
+    shards: int = -1,           # training shards to use, the first so many; -1: all
+    pinned: str | None = None,  # name of the validation shard that a run already holds; None: as `pin_val_shard` finds it
+) -> tuple[list[Path], list[Path]]:  # for training, and the one for validation
+    "Training and validation shards among a corpus's files; raises `NanochatError` if there is none for one of the two."
     names = shard_names(files)
     val_shard = pin_val_shard(root, corpus, names, pinned)
     train = [path for path, name in zip(files, names) if name != val_shard][:shards if shards > 0 else None]
@@ -204,15 +245,23 @@ EXTRA_FILES = {  # what is not on the hub, and where it goes in the data root (t
 }
 
 # %% ../nbs/03_dataset.ipynb #b662a303
-def hub_listing(repo: str, pattern: str) -> dict[str, dict]:  # file name → bytes, sha256 (None where the hub keeps no digest)
+def hub_listing(
+    repo: str,     # owner/name
+    pattern: str,  # glob of whole paths in the repository; its * also stands for /
+) -> dict[str, dict]:  # file name → bytes, sha256 (None where the hub keeps no digest)
     "The files of a hub data set that match a glob pattern."
     from huggingface_hub import HfApi
     tree = HfApi(endpoint=os.environ.get('HF_ENDPOINT')).list_repo_tree(repo, recursive=True, repo_type='dataset')
     files = [item for item in tree if hasattr(item, 'size') and fnmatch(item.path, pattern)]
     return {item.path: dict(bytes=item.size, sha256=item.lfs.sha256 if item.lfs else None) for item in files}
 
-def hub_file(root: Path, repo: str, name: str, record: dict) -> Path:  # record: what hub_listing says of it
-    "Have one file of a hub data set in the data root, whole and with the hub's SHA-256; a lost connection goes on where it stopped."
+def hub_file(
+    root: Path,    # a data root
+    repo: str,     # owner/name
+    name: str,     # path in the repository
+    record: dict,  # what `hub_listing` says of it
+) -> Path:  # where it lies
+    "Have one file of a hub data set in the data root, whole and with the hub's SHA-256; a lost connection goes on where it stopped. Raises `NanochatError` for a file that arrives wrong twice."
     from huggingface_hub import hf_hub_download
     path = Path(root)/repo/name
     def whole(): return path.exists() and path.stat().st_size == record['bytes'] and record['sha256'] in (None, sha256_file(path))
@@ -234,7 +283,10 @@ def _worth_another_try(error: Exception | None) -> bool:
     lost = any(kind.__name__ == 'TransportError' for kind in type(error).__mro__)  # by name: the client has changed its HTTP library before
     return lost or isinstance(error, (ConnectionError, TimeoutError)) or _worth_another_try(error.__cause__)
 
-def with_retries(call: Callable, *args):
+def with_retries(
+    call: Callable,
+    *args,  # for the call
+):
     "The result of a call that uses the network; where trying again may help, it is tried again after each of `PAUSES`."
     for pause in PAUSES:
         try: return call(*args)
@@ -248,13 +300,22 @@ def _reason(error: Exception) -> str:
     return text.split(';')[0] if isinstance(error, NanochatError) else f'{type(error).__name__}: {text}'
 
 # %% ../nbs/03_dataset.ipynb #c56c3b17
-def have_file(root: Path, known: dict, name: str) -> bool:  # known: the manifest's files; name: from the root on
+def have_file(
+    root: Path,   # a data root
+    known: dict,  # the manifest's files: name → bytes, sha256
+    name: str,    # from the root on
+) -> bool:  # sizes are compared, digests are not
     "Whether a file is there as the manifest describes it."
     path, record = Path(root)/name, known.get(name)
     return record is not None and path.exists() and path.stat().st_size == record['bytes']
 
-def wanted_files(root: Path, repo: str, names: list[str] | None, pattern: str) -> dict[str, dict | None]:  # name → hub_listing's record, None if not asked
-    "What to have of a hub data set: these names, or all that match; the hub is asked only where the manifest does not know."
+def wanted_files(
+    root: Path,               # a data root
+    repo: str,                # owner/name
+    names: list[str] | None,  # these files; None: all that match
+    pattern: str,             # glob, as for `hub_listing`
+) -> dict[str, dict | None]:  # name → what `hub_listing` says of it; None where the hub was not asked
+    "What to have of a hub data set: these names, or all that match; the hub is asked only where the manifest does not know. Raises `NanochatError` if it cannot be reached or lacks one."
     manifest, key = read_manifest(root), f'{repo}:{pattern}'
     def mirrored(names): return all(have_file(root, manifest.get('files', {}), f'{repo}/{name}') for name in names)
     if names and mirrored(names): return dict.fromkeys(names)
@@ -269,12 +330,14 @@ def wanted_files(root: Path, repo: str, names: list[str] | None, pattern: str) -
     return {name: listing[name] for name in names or sorted(listing)}
 
 # %% ../nbs/03_dataset.ipynb #e29448ad
-def download(root: Path, repo: str,
-             names: list[str] | None = None,  # these files; None is all that match
-             pattern: str = '*.parquet',
-             workers: int = 4,                # files at a time (the reference system, October 2025)
-            ) -> list[Path]:
-    "Mirror files of a hub data set into a data root, in parallel; what the manifest knows is skipped, what failed is told in one line."
+def download(
+    root: Path,                      # a data root
+    repo: str,                       # owner/name
+    names: list[str] | None = None,  # these files; None: all that match
+    pattern: str = '*.parquet',      # glob, as for `hub_listing`
+    workers: int = 4,                # files at a time (the reference system, October 2025)
+) -> list[Path]:  # where they lie, those that were here before, too
+    "Mirror files of a hub data set into a data root, in parallel; what the manifest knows is skipped. Raises `NanochatError`, one line on what failed, after all others are kept."
     from huggingface_hub.utils import disable_progress_bars, logging
     disable_progress_bars()
     logging.set_verbosity_error()  # about its retries; what fails in the end is reported below
@@ -295,11 +358,18 @@ def download(root: Path, repo: str,
 # %% ../nbs/03_dataset.ipynb #34b1097f
 class DownloadProgress:
     "Says how far a download is, at most every few seconds."
-    def __init__(self, what: str, files: int, size: int, every: float = 10.0):  # size: bytes in all; every: seconds between lines
+    def __init__(self,
+        what: str,            # stands first in each line
+        files: int,           # in all
+        size: int,            # bytes in all
+        every: float = 10.0,  # seconds between lines
+    ):
         self.what, self.files, self.size, self.every = what, files, size, every
         self.done, self.bytes, self.begun, self.said = 0, 0, time.time(), time.time()
 
-    def add(self, size: int):
+    def add(self,
+        size: int,  # bytes
+    ):
         "One more file of so many bytes is there."
         self.done, self.bytes = self.done + 1, self.bytes + size
         if time.time() - self.said < self.every and self.done < self.files: return
@@ -308,7 +378,9 @@ class DownloadProgress:
         print0(f'{self.what}: {self.done} of {self.files} files, {self.bytes/1e6:,.0f} MB at {rate/1e6:.1f} MB/s, {(self.size - self.bytes)/rate/60:.1f} min left')
 
 # %% ../nbs/03_dataset.ipynb #41e77638
-def download_extra(root: Path) -> list[str]:  # what could not be had
+def download_extra(
+    root: Path,  # a data root
+) -> list[str]:  # what could not be had, and why
     "Fetch the CORE bundle, the identity conversations and the word list; each is optional, so a failure is returned, not raised."
     from http.client import HTTPException
     from urllib.request import urlopen
@@ -336,7 +408,10 @@ def download_extra(root: Path) -> list[str]:  # what could not be had
     return failed
 
 # %% ../nbs/03_dataset.ipynb #d791ed30
-def made_once(root: Path, make: Callable[[Path], None]) -> Path:  # make: fills the folder that it is given
+def made_once(
+    root: Path,                    # to make or to find; its .lock and .part lie beside it
+    make: Callable[[Path], None],  # fills the folder that it is given
+) -> Path:  # the same root
     "A data root that is made on first use and then found again: whole, described in its manifest, by one process at a time."
     root.parent.mkdir(parents=True, exist_ok=True)
     with open(root.with_name(root.name + '.lock'), 'w') as lock:
@@ -352,7 +427,11 @@ def made_once(root: Path, make: Callable[[Path], None]) -> Path:  # make: fills 
         part.rename(root)
         return root
 
-def make_kindergarten(people: int, seed: int, documents: int) -> Path:  # a data root
+def make_kindergarten(
+    people: int,     # in the world
+    seed: int,       # of the world
+    documents: int,  # to pretrain on
+) -> Path:  # a data root
     "The root of the kindergarten world of this size and seed."
     from nanochat.kindergarten import make_world_root
     root = home()/'data'/f'kindergarten-{people}-{seed}-{documents}'
@@ -363,14 +442,19 @@ FORMATS = {'.parquet': 'parquet', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.txt':
 COMPRESSED = ('.gz', '.zst', '.bz2')  # which may follow, except behind .parquet
 COLUMNS = ('text', 'content', 'document', 'body')  # names that people give to the column of the texts
 
-def file_format(path: Path) -> str | None:
+def file_format(
+    path: Path,  # only its name is read
+) -> str | None:
     "How a file holds its text: parquet, jsonl or text; None for another kind of file."
     path = Path(str(path).lower())
     if path.suffix in COMPRESSED and FORMATS.get(Path(path.stem).suffix) != 'parquet': path = Path(path.stem)
     return FORMATS.get(path.suffix)
 
 # %% ../nbs/03_dataset.ipynb #7f01576a
-def text_documents(lines: Iterator[str], size: int = 10_000) -> Iterator[str]:  # size: characters from which on a document ends at a blank line
+def text_documents(
+    lines: Iterator[str],  # with their line ends
+    size: int = 10_000,    # characters from which on a document ends at a blank line; from four times as many, at any line
+) -> Iterator[str]:
     "The documents of a text file: all of it if it is short, else cut at blank lines, or in the end at any line."
     part, length = [], 0
     for line in lines:
@@ -381,15 +465,24 @@ def text_documents(lines: Iterator[str], size: int = 10_000) -> Iterator[str]:  
             part, length = [], 0
     if ''.join(part).strip(): yield ''.join(part)
 
-def pick_column(columns: list[str], wanted: str, where: Path) -> str:  # columns: those that hold strings
-    "The column of the texts: the wanted one, or one of the usual name, or the only one."
+def pick_column(
+    columns: list[str],  # those that hold strings
+    wanted: str,         # '': one of the usual name, or the only one
+    where: Path,         # named in the message
+) -> str:
+    "The column of the texts: the wanted one, or one of the usual name, or the only one; raises `NanochatError` if there is none such."
     if wanted in columns: return wanted
     usual = [name for name in COLUMNS if name in columns]
     if not wanted and (usual or len(columns) == 1): return (usual or columns)[0]
     raise NanochatError(f"{where} has no text column {wanted or COLUMNS[0]!r} but {', '.join(columns) or 'no strings at all'}; name it with --column")
 
-def jsonl_documents(lines: Iterator[str], wanted: str, where: Path) -> Iterator[str]:
-    "The texts of JSON lines: strings, or mappings with a text in one of their entries, the same in all lines; a null is an empty document."
+# %% ../nbs/03_dataset.ipynb #3eca7488
+def jsonl_documents(
+    lines: Iterator[str],  # blank ones are skipped
+    wanted: str,           # column of the texts; '': found by its name in the first mapping
+    where: Path,           # the file, named in messages
+) -> Iterator[str]:
+    "The texts of JSON lines: strings, or mappings with a text in one of their entries, the same in all lines; a null is an empty document. Raises `NanochatError` for a line that is neither."
     column = None
     for number, line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -402,14 +495,20 @@ def jsonl_documents(lines: Iterator[str], wanted: str, where: Path) -> Iterator[
         yield row
 
 # %% ../nbs/03_dataset.ipynb #aacd9a52
-def parquet_column(path: Path, wanted: str = '') -> str:
-    "The column of a parquet file that holds the texts."
+def parquet_column(
+    path: Path,
+    wanted: str = '',  # column of the texts; '': found by its name
+) -> str:
+    "The column of a parquet file that holds the texts; raises `NanochatError` if there is none, or no parquet."
     try: schema = pq.read_schema(path)
     except (pa.ArrowException, OSError): return open_shard(path) and ''  # which says what is wrong
     return pick_column([field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)], wanted, path)
 
-def file_documents(path: Path, column: str = '') -> Iterator[str]:  # column: of the texts; '': found by its name
-    "The documents of a file in any of the formats."
+def file_documents(
+    path: Path,        # its name says the format, see `FORMATS`
+    column: str = '',  # of the texts; '': found by its name
+) -> Iterator[str]:
+    "The documents of a file in any of the formats; raises `NanochatError` for one that cannot be read or is not UTF-8."
     kind = file_format(path)
     if kind == 'parquet': yield from parquet_documents([path], parquet_column(path, column)); return
     try:
@@ -419,15 +518,18 @@ def file_documents(path: Path, column: str = '') -> Iterator[str]:  # column: of
     except OSError as error: raise NanochatError(f"{path} cannot be read ({_reason(error)}); replace or remove it") from None
 
 # %% ../nbs/03_dataset.ipynb #d7df7dfa
-def text_digest(text: str) -> int:
+def text_digest(text: str) -> int:  # 0 to 2⁶⁴ − 1
     "A number that depends on nothing but the text."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big')
 
-def write_shards(folder: Path, documents: Iterator[str],
-                 one_in: int,               # one document of so many is held out
-                 val: Iterator[str] = (),   # documents that are held out anyhow; then no others are
-                 size: int = 100_000_000):  # characters of a shard
-    "Documents as train-*.parquet and val.parquet; at least one is held out."
+def write_shards(
+    folder: Path,              # must exist
+    documents: Iterator[str],  # blank ones are left out
+    one_in: int,               # one document of so many is held out
+    val: Iterator[str] = (),   # documents that are held out anyhow; then no others are
+    size: int = 100_000_000,   # characters of a training shard, from which on it is written
+):
+    "Documents as train-*.parquet and val.parquet; at least one is held out. Raises `NanochatError` for too few of them."
     number, texts, length, val = 0, [], 0, list(map(well_formed, val))
     limit = 0 if val else 2**64//one_in  # more text may raise one_in: what is held out then was so before
     def write(name, texts): pq.write_table(pa.table(dict(text=texts)), folder/name, row_group_size=1024, compression='zstd')
@@ -442,7 +544,11 @@ def write_shards(folder: Path, documents: Iterator[str],
     write('val.parquet', val)
 
 # %% ../nbs/03_dataset.ipynb #e182f9b8
-def own_shards(corpus: Corpus, files: list[Path], column: str = '') -> Path:  # a folder with train-*.parquet and val.parquet
+def own_shards(
+    corpus: Corpus,     # gives the folder its name
+    files: list[Path],  # of any format, as `corpus_here` finds them
+    column: str = '',   # of the texts; '': found by its name
+) -> Path:  # a folder with train-*.parquet and val.parquet
     "Shards made of files of any format."
     size = sum(path.stat().st_size for path in files)
     about = json.dumps([column, *[[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]])
@@ -452,7 +558,9 @@ def own_shards(corpus: Corpus, files: list[Path], column: str = '') -> Path:  # 
     return made_once(home()/'data'/'own'/name, lambda part: write_shards(part, documents(files[:len(files) - len(val)]), max(20, size//1_000_000), documents(val)))
 
 # %% ../nbs/03_dataset.ipynb #cf661fe1
-def split_of(path: PurePosixPath) -> str:  # train, val, test, or '' where the name does not say
+def split_of(
+    path: PurePosixPath,  # relative to the corpus
+) -> str:  # train, val, test, or '' where the name does not say
     "The split that a folder or the file itself is named after, as in data/train/000.parquet or test-00000.jsonl."
     found = [re.match(r'(train|val|dev|test)(ing|id|idation)?([-_.0-9]|$)', part.lower()) for part in path.parts]
     words = [match[1] for match in found if match]
@@ -467,16 +575,22 @@ def choose_files(paths: list[PurePosixPath],  # relative to the corpus
     train, val = ([path for path in texts if split_of(path) == word] for word in ('train', 'val'))
     return train + val[:1] if train else [path for path in texts if split_of(path) != 'test']
 
-def find_corpus(name: str) -> Corpus:
-    "The catalogue's entry, a folder or file of this machine, or owner/name/folder of the hub."
+# %% ../nbs/03_dataset.ipynb #9340ad5e
+def find_corpus(
+    name: str,  # one corpus, as `--corpus` names it
+) -> Corpus:
+    "The catalogue's entry, a folder or file of this machine, or owner/name/folder of the hub; raises `NanochatError` for a name that is none of these."
     if name in CORPORA: return CORPORA[name]
     if Path(name).expanduser().exists(): return Corpus(str(Path(name).expanduser().resolve()))
     parts = name.split('/')
     if len(parts) > 1 and all(parts) and parts[0][0] not in '.~': return Corpus('/'.join(parts[:2]), '/'.join([*parts[2:], '*']))
     raise NanochatError(f"unknown corpus {name!r}; give {', '.join(CORPORA)}, a folder that exists, or owner/name of the hub")
 
-def corpus_here(root: Path, corpus: Corpus) -> list[Path]:
-    "The files of a corpus that are in a data root, or in a folder of your own; none is an error that says where they were looked for."
+def corpus_here(
+    root: Path,  # a data root; not looked at for a folder of your own
+    corpus: Corpus,
+) -> list[Path]:  # those for training, and last of all one for validation
+    "The files of a corpus that are in a data root, or in a folder of your own; raises `NanochatError` where there are none, and says where they were looked for."
     folder = Path(root)/corpus.repo
     if folder.is_file() and file_format(folder): return [folder]
     own = Path(corpus.repo).is_absolute()
@@ -488,8 +602,12 @@ def corpus_here(root: Path, corpus: Corpus) -> list[Path]:
     raise NanochatError(f"no {corpus.pattern} under {corpus.repo} in the data root {root}; run the dataset stage again, or point --data at a folder that has it")
 
 # %% ../nbs/03_dataset.ipynb #7504f868
-def hub_names(root: Path, corpus: Corpus, shards: int) -> list[str]:
-    "The files of a corpus to have from the hub."
+def hub_names(
+    root: Path,   # a data root, whose manifest keeps the choice
+    corpus: Corpus,
+    shards: int,  # training shards to have, at least 1
+) -> list[str]:  # paths in the repository; the last is for validation
+    "The files of a corpus to have from the hub; raises `NanochatError` if it has none, or if one of the catalogue has fewer than asked for."
     if corpus.num_shards:
         if shards >= corpus.num_shards: raise NanochatError(f"shards must be from 1 to {corpus.num_shards - 1} for {corpus.repo}, not {shards}")
         return [corpus.shard(i) for i in range(shards)] + [corpus.val_shard]
@@ -502,8 +620,11 @@ def hub_names(root: Path, corpus: Corpus, shards: int) -> list[str]:
         update_manifest(root, chosen={key: names})
     return names
 
-def make_hub_mirror(corpora: list[Corpus], shards: int) -> Path:  # a data root
-    "A root with the first `shards` training shards of each corpus, its validation shard, and the files of the tasks, from the hub."
+def make_hub_mirror(
+    corpora: list[Corpus],  # of the hub; folders of your own are passed over
+    shards: int,            # training shards of each corpus, at least 1
+) -> Path:  # a data root
+    "A root with the first `shards` training shards of each corpus, its validation shard, and the files of the tasks, from the hub; raises `NanochatError` if one cannot be had."
     if shards < 1: raise NanochatError(f"shards must be at least 1, not {shards}")
     root = home()/'data'/'hub'
     for corpus in corpora:
@@ -513,8 +634,10 @@ def make_hub_mirror(corpora: list[Corpus], shards: int) -> Path:  # a data root
     return root
 
 # %% ../nbs/03_dataset.ipynb #c80c5e53
-def parse_mixture(text: str) -> dict[str, float]:  # name of a corpus → its share of the tokens, unscaled
-    "'a=3,b=1' as a mapping; a name without a number weighs 1."
+def parse_mixture(
+    text: str,  # as in fineweb-edu=3,./texts=1
+) -> dict[str, float]:  # name of a corpus → its share of the tokens, unscaled
+    "'a=3,b=1' as a mapping; a name without a number weighs 1. Raises `NanochatError` for a name twice, or a weight that is not above 0."
     shares = {}
     for part in text.split(','):
         name, equals, weight = part.strip().rpartition('=') if '=' in part else (part.strip(), '', '1')
@@ -527,13 +650,19 @@ def parse_mixture(text: str) -> dict[str, float]:  # name of a corpus → its sh
 class Source(NamedTuple):
     "Parquet shards of one corpus, and its share of the tokens."
     files: list[Path]
-    weight: float = 1.0
-    column: str = 'text'
+    weight: float = 1.0   # share of the tokens, unscaled: 3 beside 1 is three tokens of four
+    column: str = 'text'  # of the texts
 
 # %% ../nbs/03_dataset.ipynb #6027439a
-def open_corpus(root: Path, name: str, weight: float, shards: int, column: str, verify: bool,
-                before: dict | None = None,  # what the run already holds of this corpus
-               ) -> dict:                    # corpus, weight, column, val_shard, verified, train and val (paths)
+def open_corpus(
+    root: Path,                  # a data root
+    name: str,                   # as `find_corpus` takes it
+    weight: float,               # share of the tokens, unscaled
+    shards: int,                 # training shards to use; -1: all
+    column: str,                 # of the texts; '': found by its name
+    verify: bool,                # compare SHA-256 with the manifest, not only sizes
+    before: dict | None = None,  # what the run already holds of this corpus; None: nothing
+) -> dict:  # corpus, weight, column, val_shard, verified (files checked), train and val (paths)
     "Find one corpus, make shards of it where it has none, split it and check it."
     corpus = find_corpus(name)
     files = corpus_here(root, corpus)
@@ -544,23 +673,37 @@ def open_corpus(root: Path, name: str, weight: float, shards: int, column: str, 
     return dict(corpus=name, weight=weight, column=parquet_column(files[0], corpus.column or column), val_shard=shard_names(files)[files.index(val[0])], verified=verify_files(root, train + val, digests=verify),
                 train=[str(path) for path in train], val=[str(path) for path in val])
 
-def corpus_sources(run: Run, split: str = 'train') -> list[Source]:
-    "The corpora of a split ('train' or 'val') that the dataset stage recorded for this run."
+# %% ../nbs/03_dataset.ipynb #a793cde7
+def corpus_sources(
+    run: Run,
+    split: str = 'train',  # 'train' or 'val'
+) -> list[Source]:
+    "The corpora of a split that the dataset stage recorded for this run; raises `NanochatError` if it has none."
     found = run.info.get('sources')
     if found is None and run.record('dataset'): raise NanochatError(f"run {run.name} was begun with an earlier version, whose record of its data is no longer read; start a new run")
     if not found: raise NanochatError(f"run {run.name} has no {split} files; run the dataset stage first")
     return [Source([Path(name) for name in source[split]], source['weight'], source['column']) for source in found]
 
-def corpus_files(run: Run, split: str = 'train') -> list[Path]:
+def corpus_files(
+    run: Run,
+    split: str = 'train',  # 'train' or 'val'
+) -> list[Path]:
     "All shards of a split, of whatever corpus."
     return [path for source in corpus_sources(run, split) for path in source.files]
 
-def corpus_documents(run: Run, split: str = 'train') -> Iterator[str]:
+def corpus_documents(
+    run: Run,
+    split: str = 'train',  # 'train' or 'val'
+) -> Iterator[str]:
     "All documents of a split, one corpus after the other."
     for source in corpus_sources(run, split): yield from parquet_documents(source.files, source.column)
 
 # %% ../nbs/03_dataset.ipynb #7411fe69
-def count_text(files: list[Path], column: str = 'text', sample: int = 8) -> dict:  # files, documents, characters, bytes
+def count_text(
+    files: list[Path],
+    column: str = 'text',  # of the texts
+    sample: int = 8,       # files whose characters are counted, at most
+) -> dict:  # files, documents, characters, bytes (of the files, as they lie there)
     "Documents and bytes of all files; characters exactly for up to `sample` files, else scaled up from that many."
     documents = sum(open_shard(path, column).metadata.num_rows for path in files)
     size = sum(path.stat().st_size for path in files)
@@ -575,7 +718,9 @@ def count_text(files: list[Path], column: str = 'text', sample: int = 8) -> dict
     return dict(files=len(files), documents=documents, characters=characters, bytes=size)
 
 # %% ../nbs/03_dataset.ipynb #fad2fa46
-def add_counts(counts: list[dict]) -> dict:
+def add_counts(
+    counts: list[dict],  # as `count_text` returns them, at least one
+) -> dict:
     "Sums of what several corpora hold."
     return {key: sum(count[key] for count in counts) for key in counts[0]}
 
