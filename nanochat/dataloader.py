@@ -53,10 +53,14 @@ def rows_to_batch(rows: list[tuple[list[int], list[int]]],  # each row: T+1 toke
 # %% ../nbs/04_dataloader.ipynb #6b8556f3
 class RowStream:
     "A queue of token sequences from which overlapping rows of T+1 tokens are cut; it knows where its first token came from."
-    def __init__(self, source: Iterator):  # yields things that have a place first and ids last
+    def __init__(self,
+        source: Iterator,  # yields tuples, a place first and (n,) token ids last
+    ):
         self.source, self.pieces, self.offset, self.buffered = source, deque(), 0, 0
 
-    def fill(self, count: int) -> int:  # tokens there are, at least `count` unless the source is exhausted
+    def fill(self,
+        count: int,  # tokens that are wanted
+    ) -> int:  # tokens there are, at least `count` unless the source is exhausted
         "Read pieces until `count` tokens are buffered."
         while self.buffered < count:
             piece = next(self.source, None)
@@ -65,7 +69,9 @@ class RowStream:
             self.buffered += len(piece[-1])
         return self.buffered
 
-    def peek(self, count: int) -> np.ndarray:  # (count,) int64
+    def peek(self,
+        count: int,  # tokens that are wanted
+    ) -> np.ndarray:  # (count,) int64
         "The next `count` token ids, or as many as there are, without taking them."
         parts, start = [], self.offset
         for *_, ids in self.pieces:
@@ -74,7 +80,9 @@ class RowStream:
             if count == 0: break
         return np.concatenate(parts, dtype=np.int64)  # joins and widens in one pass
 
-    def advance(self, count: int):
+    def advance(self,
+        count: int,  # at most as many as are buffered
+    ):
         "Drop `count` tokens from the front."
         self.offset, self.buffered = self.offset + count, self.buffered - count
         while self.pieces and self.offset >= len(self.pieces[0][-1]): self.offset -= len(self.pieces.popleft()[-1])
@@ -86,7 +94,10 @@ class RowStream:
 # %% ../nbs/04_dataloader.ipynb #a287c65f
 class Ahead:
     "An iterator whose next items are made in a thread while the present one is used."
-    def __init__(self, source: Iterator, items: int = 4):  # so many are made in advance
+    def __init__(self,
+        source: Iterator,  # must not yield None, which stands for its end
+        items: int = 4,    # so many are made in advance
+    ):
         self.source, self.pool = source, ThreadPoolExecutor(1)
         self.waiting = deque(self.pool.submit(next, source, None) for _ in range(items))
 
@@ -100,17 +111,23 @@ class Ahead:
         return item
 
 # %% ../nbs/04_dataloader.ipynb #dd983bd1
-def encode_documents(texts: pa.Array,  # of strings
-                     tokenizer: Tokenizer) -> np.ndarray:  # (n,) uint32
+def encode_documents(
+    texts: pa.Array,  # of strings
+    tokenizer: Tokenizer,
+) -> np.ndarray:  # (n,) uint32 token ids
     "Documents end to end, each behind its BOS; an empty one leaves nothing."
     ids, counts = tokenizer.encode_flat(texts, prepend=tokenizer.bos)
     return ids[np.repeat(counts > 1, counts)] if (counts == 1).any() else ids
 
-def document_tokens(files: list[Path], tokenizer: Tokenizer, column: str = 'text',
-                    rank: int = 0, world_size: int = 1,         # which of so many processes reads, of each file row groups rank, rank+world_size, …
-                    place: tuple[int, int, int, int] = (0, 0, 0, 0),  # (epoch, file, row group, document) to begin at
-                    documents: int = 128,                       # so many are encoded at once (the reference system, October 2025)
-                   ) -> Iterator[tuple]:                        # place, ids (n,) uint32
+def document_tokens(
+    files: list[Path],     # shards, read in this order again and again
+    tokenizer: Tokenizer,
+    column: str = 'text',  # of the texts
+    rank: int = 0,         # of each file, this process reads row groups rank, rank + world_size, …
+    world_size: int = 1,   # processes that share the text
+    place: tuple[int, int, int, int] = (0, 0, 0, 0),  # (epoch, file, row group, document) to begin at, each from 0
+    documents: int = 128,  # so many are encoded at once (the reference system, October 2025)
+) -> Iterator[tuple]:  # place, ids (n,) uint32
     "Endless pieces of the encoded text, each with the place of its first document; raises `NanochatError` if there is no text."
     (epoch, file, row_group, document), whole = place, tuple(place[1:]) == (0, 0, 0)
     while True:
@@ -136,7 +153,11 @@ class Piece(NamedTuple):
     source: int        # which source it is from
     ids: np.ndarray    # (n,) uint32, every document begins with BOS
 
-def mixed_tokens(streams: list[Iterator], weights: list[float], taken: tuple) -> Iterator[Piece]:  # streams: of document_tokens
+def mixed_tokens(
+    streams: list[Iterator],  # of `document_tokens`, one a source
+    weights: list[float],     # share of the tokens of each, unscaled
+    taken: tuple,             # tokens that each has given so far
+) -> Iterator[Piece]:
     "Pieces of several sources, always from the one that is furthest behind its share of the tokens."
     heads, taken = [next(stream) for stream in streams], list(taken)
     while True:
@@ -158,20 +179,26 @@ def deal(rows,             # of all processes, a list or a tensor
     "The rows of one process, dealt like cards: row k goes to process k mod world_size."
     return rows[rank::world_size]
 
-def check_batch_shape(batch_size: int, sequence_len: int, rank: int, world_size: int):
-    "Refuse sizes that make no batch."
+def check_batch_shape(
+    batch_size: int,    # B, rows of one micro-batch
+    sequence_len: int,  # T, tokens in a row
+    rank: int,          # of this process, from 0
+    world_size: int,    # how many processes there are
+):
+    "Raise `NanochatError` for sizes that make no batch."
     if batch_size < 1 or sequence_len < 1: raise NanochatError(f"batch_size and sequence_len must be at least 1, not {batch_size} and {sequence_len}")
     if not 0 <= rank < world_size: raise NanochatError(f"rank {rank} is not below world_size {world_size}")
 
 # %% ../nbs/04_dataloader.ipynb #4f490eae
 class DocumentLoader:
-    "Parquet shards of text → packed batches for pretraining; endless, deterministic, exactly resumable."
+    "Parquet shards of text → packed batches for pretraining; endless, deterministic, exactly resumable; raises `NanochatError` for options that make no batches."
     def __init__(self,
         sources: list[Source] | list[Path],  # corpora with their shares, or the shards of one; read in this order, again and again
         tokenizer: Tokenizer,
         batch_size: int,          # B, rows of one micro-batch of one process
         sequence_len: int,        # T, tokens in a row
-        rank: int = 0, world_size: int = 1,
+        rank: int = 0,            # of this process, from 0
+        world_size: int = 1,      # processes that share the text
         packing: str = 'flat',    # 'flat': one stream, cut every T tokens; 'best_fit': every row begins with a document, and what does not fit is cropped
         split: str = 'rows',      # how processes share the text: 'rows' (one stream, dealt out row by row) or 'row_groups' (each reads its own part)
         encode_batch: int = 128,  # documents given to the tokenizer at once (the reference system, October 2025)
@@ -197,13 +224,19 @@ def reset(self: DocumentLoader):
     self.start_at(Place(((0, 0, 0, 0),)*len(self.sources), (0,)*len(self.sources)))
 
 @patch
-def start_at(self: DocumentLoader, place: Place, rows: int = 0):  # rows: that came before
+def start_at(self: DocumentLoader,
+    place: Place,   # where the next piece begins
+    rows: int = 0,  # that came before, of all processes; with split='row_groups' of this one
+):
     "Read from a place on."
     self.rows, pieces = rows, Ahead(self.pieces(place))
     self.stream = RowStream(pieces) if self.packing == 'flat' else BestFit(single_documents(pieces, self.tokenizer.bos), self.sequence_len + 1, self.buffer, place)
 
 @patch
-def stream_of(self: DocumentLoader, source: int, place: tuple) -> Iterator[tuple]:  # place, ids
+def stream_of(self: DocumentLoader,
+    source: int,   # its number
+    place: tuple,  # (epoch, file, row group, document)
+) -> Iterator[tuple]:  # place, ids (n,) uint32
     "The encoded text of one source that this process reads, from a place on."
     rank, world_size = (self.rank, self.world_size) if self.split == 'row_groups' else (0, 1)
     files, _, column = self.sources[source]
@@ -245,7 +278,10 @@ def epoch(self: DocumentLoader) -> int:
     return max(epoch for epoch, *_ in self.place.sources)
 
 # %% ../nbs/04_dataloader.ipynb #39076b3e
-def single_documents(pieces: Iterator[Piece], bos: int) -> Iterator[Piece]:  # the place of each says how many of its piece come before it
+def single_documents(
+    pieces: Iterator[Piece],
+    bos: int,  # id of the token that begins a document
+) -> Iterator[Piece]:  # the place of each says how many of its piece come before it
     "Pieces cut into documents: before every BOS."
     for place, source, ids in pieces:
         for number, document in enumerate(np.split(ids, np.flatnonzero(ids == bos)[1:])): yield Piece(place._replace(document=number), source, document)
@@ -257,15 +293,23 @@ def best_fit(sizes: list[int],  # of the documents to choose from, ascending
     "The longest document that still fits; where none does, the shortest."
     return max(bisect_right(sizes, left) - 1, 0)
 
+# %% ../nbs/04_dataloader.ipynb #b68e5564
 class BestFit:
     "Rows of whole documents: always the longest that still fits, and when none does, the shortest, cropped."
-    def __init__(self, documents: Iterator[Piece],  # endless, from `place` on; but those of the first piece that are used already may come again
-                 length: int, buffer: int, place: Place):  # length: tokens of a row; buffer: documents to choose from
+    def __init__(self,
+        documents: Iterator[Piece],  # endless, from `place` on; but those of the first piece that are used already may come again
+        length: int,                 # tokens of a row
+        buffer: int,                 # documents to choose from
+        place: Place,                # of the next document to be read
+    ):
         self.documents, self.length, self.buffer, self.next_place = documents, length, buffer, place
         self.sizes, self.store, self.count, self.cropped = [], [], 0, 0  # sizes: of the documents in the store, ascending
         for _ in range(place.document): next(documents)
 
-    def add(self, address: tuple, ids: np.ndarray):
+    def add(self,
+        address: tuple,   # (source, epoch, file, row group, first document of its piece, its number in the piece)
+        ids: np.ndarray,  # (n,) uint32, BOS first
+    ):
         "Put a document into the store."
         at = bisect_right(self.sizes, len(ids))  # equal lengths keep the order in which they came
         self.sizes.insert(at, len(ids))
@@ -279,17 +323,19 @@ class BestFit:
             self.add((source, *place.sources[source], place.document), ids)
             self.next_place = place._replace(document=place.document + 1)
 
-    def next_row(self) -> np.ndarray:  # (length,)
-        "Fill one row."
-        parts, left = [], self.length
-        while left:
-            self.fill()
-            chosen = best_fit(self.sizes, left)
-            size, (_, _, ids) = self.sizes.pop(chosen), self.store.pop(chosen)
-            parts.append(ids[:left])
-            self.cropped += max(size - left, 0)
-            left -= len(parts[-1])
-        return np.concatenate(parts)
+# %% ../nbs/04_dataloader.ipynb #3a82a6e7
+@patch
+def next_row(self: BestFit) -> np.ndarray:  # (length,) uint32 token ids
+    "Fill one row."
+    parts, left = [], self.length
+    while left:
+        self.fill()
+        chosen = best_fit(self.sizes, left)
+        size, (_, _, ids) = self.sizes.pop(chosen), self.store.pop(chosen)
+        parts.append(ids[:left])
+        self.cropped += max(size - left, 0)
+        left -= len(parts[-1])
+    return np.concatenate(parts)
 
 # %% ../nbs/04_dataloader.ipynb #36706740
 @patch
@@ -304,8 +350,10 @@ def state_dict(self: DocumentLoader) -> dict:
     return state | dict(document=place.document, store=stored)  # the addresses of the documents in the store, in the order in which they came
 
 @patch
-def check_state(self: DocumentLoader, state: dict):
-    "Refuse a state that this loader cannot go on from."
+def check_state(self: DocumentLoader,
+    state: dict,  # as `state_dict` returns it
+):
+    "Raise `NanochatError` for a state that this loader cannot go on from."
     if state.get('kind') != 'documents' or 'sources' not in state: raise NanochatError("this loader state is of another loader, or of an earlier version; start the stage in a new run")
     for option in ('split', 'packing', *(['sequence_len'] if self.packing == 'best_fit' else [])):
         if state[option] != getattr(self, option): raise NanochatError(f"this loader state was saved with {option}={state[option]!r}; continue with the same")
@@ -314,16 +362,21 @@ def check_state(self: DocumentLoader, state: dict):
     if len(state['sources']) != len(self.sources): raise NanochatError(f"this loader state is of a mixture of {len(state['sources'])}, not {len(self.sources)}; continue with the same corpora")
 
 @patch
-def file_number(self: DocumentLoader, source: int, name: str) -> int:
-    "Which shard of a source has this name."
+def file_number(self: DocumentLoader,
+    source: int,  # its number
+    name: str,    # as `shard_names` gives it
+) -> int:
+    "Which shard of a source has this name; raises `NanochatError` if none has."
     names = shard_names(self.sources[source].files)
     if name not in names: raise NanochatError(f"shard {name}, where the run stopped, is not among the {len(names)} training shards; put it back")
     return names.index(name)
 
 # %% ../nbs/04_dataloader.ipynb #0215be01
 @patch
-def load_state_dict(self: DocumentLoader, state: dict):
-    "Continue exactly where `state` was taken; with split='rows' also with another number of processes or another batch size."
+def load_state_dict(self: DocumentLoader,
+    state: dict,  # as `state_dict` returns it
+):
+    "Continue exactly where `state` was taken; with split='rows' also with another number of processes or another batch size. Raises `NanochatError` if that cannot be."
     self.check_state(state)
     sources = tuple((at['epoch'], self.file_number(i, at['file']), at['row_group'], at['document']) for i, at in enumerate(state['sources']))
     self.start_at(Place(sources, tuple(state['taken']), state.get('document', 0)), state['rows'])
@@ -332,7 +385,9 @@ def load_state_dict(self: DocumentLoader, state: dict):
     self.stream.advance(state['token'])
 
 @patch
-def restore_store(self: DocumentLoader, addresses: list[tuple]):
+def restore_store(self: DocumentLoader,
+    addresses: list[tuple],  # of each: (source, epoch, file, row group, first document of its piece, its number in the piece)
+):
     "Read the documents of the store again; each piece of text is encoded once."
     numbers, found = defaultdict(set), {}
     for *piece, number in addresses: numbers[tuple(piece)].add(number)
@@ -357,13 +412,14 @@ def crop_row(ids: list[int], flags: list[int],     # flags: 1 = learned
 
 # %% ../nbs/04_dataloader.ipynb #7722914e
 class ConversationLoader:
-    "Conversations → batches for the chat stages; shuffled anew each epoch, deterministic, exactly resumable."
+    "Conversations → batches for the chat stages; shuffled anew each epoch, deterministic, exactly resumable; raises `NanochatError` for options that make no batches."
     def __init__(self,
         conversations,            # anything with len() and [i] that gives conversations
         tokenizer: Tokenizer,
         batch_size: int,          # B, rows of one micro-batch of one process
         sequence_len: int,        # T, tokens in a row
-        rank: int = 0, world_size: int = 1,
+        rank: int = 0,            # of this process, from 0
+        world_size: int = 1,      # processes that share the conversations
         packing: str = 'flat',    # 'flat': one stream; 'padded': one conversation a row; 'best_fit': whole conversations, several a row
         mask: bool = True,        # True: loss on the assistant's tokens only; False: on all
         epochs: int | None = None,  # passes before StopIteration; None is endless
@@ -394,7 +450,9 @@ class ConversationLoader:
 
 # %% ../nbs/04_dataloader.ipynb #a50dead3
 @patch
-def order(self: ConversationLoader, epoch: int) -> list[int]:
+def order(self: ConversationLoader,
+    epoch: int,  # from 0
+) -> list[int]:  # indices of the conversations
     "The order of the conversations in an epoch: a shuffle by seed and epoch."
     if self._order[0] != epoch:
         indices = list(range(len(self.conversations)))
@@ -460,7 +518,7 @@ def _best_fit_row(self: ConversationLoader) -> tuple | None:
 
 # %% ../nbs/04_dataloader.ipynb #659444e4
 @patch
-def next_row(self: ConversationLoader) -> tuple | None:
+def next_row(self: ConversationLoader) -> tuple | None:  # ids; flags, 1 = learned
     "The next row of the whole mixture as ids and flags, up to T+1 long, with at least one target; None at the end."
     make = dict(flat=self._flat_row, padded=self._padded_row, best_fit=self._best_fit_row)[self.packing]
     while row := make():
@@ -493,7 +551,7 @@ def epoch(self: ConversationLoader) -> int:
     return self.cursor[0]
 
 @patch(as_prop=True)
-def progress(self: ConversationLoader) -> float:
+def progress(self: ConversationLoader) -> float:  # 0 to 1
     "Fraction of all epochs (of this epoch, if endless) that has been read, the same in every process."
     done = (self.cursor[0] if self.epochs else 0) + self.cursor[1]/len(self.conversations)
     return min(1.0, done/(self.epochs or 1))
@@ -505,8 +563,10 @@ def state_dict(self: ConversationLoader) -> dict:
                 stats=dict(self.stats), seed=self.seed, packing=self.packing, mask=self.mask, size=len(self.conversations), sequence_len=self.sequence_len)
 
 @patch
-def load_state_dict(self: ConversationLoader, state: dict):
-    "Continue exactly where `state` was taken, also with another number of processes."
+def load_state_dict(self: ConversationLoader,
+    state: dict,  # as `state_dict` returns it
+):
+    "Continue exactly where `state` was taken, also with another number of processes; raises `NanochatError` if options or data differ."
     mine = dict(kind='conversations', seed=self.seed, packing=self.packing, mask=self.mask, size=len(self.conversations), sequence_len=self.sequence_len)
     different = [key for key, value in mine.items() if state.get(key) != value]
     if different: raise NanochatError(f"this loader state differs in {different[0]} ({state.get(different[0])!r}, now {mine[different[0]]!r}); continue with the same options and data, or start a new run")
