@@ -28,8 +28,11 @@ from .common import Compute, NanochatError
 from .tokenizer import Tokenizer
 
 # %% ../nbs/10_core.ipynb #195e7045
-def take_batches(batches: Iterable, num_batches: int | None = None) -> Iterator:
-    "The first `num_batches` of a loader or of any iterable; None is all there are."
+def take_batches(
+    batches: Iterable,               # a loader or any iterable
+    num_batches: int | None = None,  # None: all there are
+) -> Iterator:
+    "The first `num_batches` of a loader or of any iterable."
     batches = iter(batches)
     i = 0
     while num_batches is None or i < num_batches:
@@ -68,12 +71,13 @@ def bits_per_byte(
 
 # %% ../nbs/10_core.ipynb #68db530d
 def unigram_bits_per_byte(
-    train_batches: Iterable,   # tokens are counted here
-    val_batches: Iterable,     # and predicted here
-    token_bytes,               # (V,) bytes of each token
+    train_batches: Iterable,       # tokens are counted here
+    val_batches: Iterable,         # and predicted here
+    token_bytes,                   # (V,) bytes of each token, 0 for special tokens
     compute: Compute,
-    num_train: int | None = None, num_val: int | None = None,  # batches of each process
-) -> float:
+    num_train: int | None = None,  # batches that each process counts; None: all there are
+    num_val: int | None = None,    # batches that each process predicts; None: all there are
+) -> float:  # bits per byte
     "Bits per byte of the model that knows only how often each token occurs (add-one smoothing): the mark to beat."
     token_bytes = torch.as_tensor(token_bytes, dtype=torch.int64)
     counts = torch.zeros(len(token_bytes), dtype=torch.int64)
@@ -96,7 +100,7 @@ def centered(accuracy: float,  # 0 to 1
 @dataclass(frozen=True)
 class CoreTask:
     "One task of the bundle."
-    label: str
+    label: str        # its name in core.yaml
     kind: str         # 'multiple_choice', 'schema' or 'language_modeling'
     path: Path        # its JSONL file
     num_fewshot: int  # solved examples before the question
@@ -106,8 +110,10 @@ class CoreTask:
 FIELDS = {'multiple_choice': ('query', 'choices', 'gold'), 'schema': ('context_options', 'continuation', 'gold'), 'language_modeling': ('context', 'continuation')}
 
 # %% ../nbs/10_core.ipynb #049ba78d
-def load_bundle(bundle: Path) -> list[CoreTask]:
-    "The tasks of an evaluation bundle, with the baselines of its own eval_meta_data.csv."
+def load_bundle(
+    bundle: Path,  # folder with core.yaml, eval_meta_data.csv and eval_data/
+) -> list[CoreTask]:  # in the order of core.yaml
+    "The tasks of an evaluation bundle, with the baselines of its own eval_meta_data.csv; raises `NanochatError` where it is none, or has a task of unknown type."
     bundle = Path(bundle)
     try:
         entries = yaml.safe_load((bundle/'core.yaml').read_text())['icl_tasks']
@@ -125,8 +131,8 @@ def load_bundle(bundle: Path) -> list[CoreTask]:
     return tasks
 
 # %% ../nbs/10_core.ipynb #b1a91688
-def load_items(task: CoreTask) -> list[dict]:
-    "The items of a task in the fixed order in which they are asked: shuffled with seed 1337 (the reference system, October 2025)."
+def load_items(task: CoreTask) -> list[dict]:  # each with at least the fields that `FIELDS` names for its kind
+    "The items of a task in the fixed order in which they are asked: shuffled with seed 1337 (the reference system, October 2025); raises `NanochatError` for a file that is missing, empty or damaged."
     items = []
     try: lines = task.path.read_text(encoding='utf-8').split('\n')
     except OSError: raise NanochatError(f"task {task.label}: {task.path} is missing from the bundle; fetch it again") from None
@@ -142,7 +148,11 @@ def load_items(task: CoreTask) -> list[dict]:
     return items
 
 # %% ../nbs/10_core.ipynb #85956b6e
-def draw_shots(items: list[dict], i: int, num_fewshot: int) -> list[dict]:
+def draw_shots(
+    items: list[dict],  # of the whole task, as `load_items` gives them
+    i: int,             # number of the item that is asked
+    num_fewshot: int,   # how many; fewer where the task has fewer others
+) -> list[dict]:
     "The solved examples before item `i`: drawn with seed 1234+i from all other items (the reference system, October 2025)."
     drawn = random.Random(1234 + i).sample(range(len(items) - 1), min(num_fewshot, len(items) - 1))
     return [items[j + (j >= i)] for j in drawn]  # numbering the others without a list of them
@@ -156,7 +166,11 @@ TEMPLATES = {  # each kind: a solved example, and the question in each of its fo
 }
 _jinja = jinja2.Environment(keep_trailing_newline=True)
 
-def render_prompts(task: CoreTask, item: dict, shots: list[dict]) -> list[str]:
+def render_prompts(
+    task: CoreTask,
+    item: dict,         # the one that is asked
+    shots: list[dict],  # solved examples before it, items of the same task
+) -> list[str]:  # two or more
     "The texts that are compared: one a choice, one a context, or the prompt without and with its continuation."
     solved, question = (_jinja.from_string(template) for template in TEMPLATES[task.kind])
     options = {'multiple_choice': item.get('choices'), 'schema': item.get('context_options'), 'language_modeling': ['', item.get('continuation')]}[task.kind]
@@ -165,7 +179,10 @@ def render_prompts(task: CoreTask, item: dict, shots: list[dict]) -> list[str]:
     return [prompts[0].strip(), prompts[1]] if task.kind == 'language_modeling' else prompts  # a space at the end would change the tokens
 
 # %% ../nbs/10_core.ipynb #b7c3e701
-def common_length(rows: list[list[int]], from_end: bool = False) -> int:
+def common_length(
+    rows: list[list[int]],   # token ids of each
+    from_end: bool = False,  # count at the end instead of the start
+) -> int:
     "How many tokens all rows share at their start, or at their end."
     rows = [row[::-1] for row in rows] if from_end else rows
     return next((i for i, column in enumerate(zip(*rows)) if len(set(column)) > 1), min(map(len, rows)))
@@ -179,9 +196,12 @@ class Row:
     stop: int   # after its last
 
 # %% ../nbs/10_core.ipynb #7fc05995
-def tokenize_prompts(kind: str, prompts: list[str], tokenizer: Tokenizer,
-                     max_len: int = 2**30,  # longer rows lose tokens at their start
-                    ) -> list[Row]:
+def tokenize_prompts(
+    kind: str,             # 'multiple_choice', 'schema' or 'language_modeling'
+    prompts: list[str],    # as `render_prompts` gives them
+    tokenizer: Tokenizer,
+    max_len: int = 2**30,  # longer rows lose tokens at their start
+) -> list[Row]:  # one a prompt; for 'language_modeling' one in all
     "Rows with their answer spans: what follows a shared start, what is shared at the end, or what follows the prompt (the reference system, October 2025)."
     rows = tokenizer.encode(prompts, prepend=tokenizer.bos)
     shared = common_length(rows, from_end=kind == 'schema')
@@ -192,16 +212,22 @@ def tokenize_prompts(kind: str, prompts: list[str], tokenizer: Tokenizer,
     return [Row(ids[cut:cut + max_len], start - cut, min(len(ids) - cut, max_len)) for ids, start, cut in zip(rows, starts, cuts)]
 
 # %% ../nbs/10_core.ipynb #2433b1f2
-def pad_rows(rows: list[Row], pad: int, device: torch.device) -> Tensor:  # (R, T) int64
+def pad_rows(
+    rows: list[Row],  # of any lengths
+    pad: int,         # token id that fills
+    device: torch.device,
+) -> Tensor:  # (R, T) int64 token ids, T of the longest row
     "Fill rows on the right to one length; causal attention never looks there."
     width = max(len(row.ids) for row in rows)
     return torch.tensor([row.ids + [pad]*(width - len(row.ids)) for row in rows], device=device)
 
 # %% ../nbs/10_core.ipynb #8c68af12
-def score_spans(model,
-                x: Tensor,    # (R, T, C) what the model made of the rows
-                ids: Tensor,  # (R, T) their tokens
-                rows: list[Row]) -> list[tuple[float, bool]]:  # mean nats of the answer's tokens; whether each was the most likely
+def score_spans(
+    model,            # a GPT: .logits((…, C)) → (…, V), .config.vocab_size
+    x: Tensor,        # (R, T, C) what the model made of the rows
+    ids: Tensor,      # (R, T) int64, their tokens
+    rows: list[Row],  # R of them, with the spans of their answers
+) -> list[tuple[float, bool]]:  # of each row: mean nats of the answer's tokens; whether each was the most likely
     "Score the answers of a batch of rows; logits are made for these positions only, 64 MiB of them at a time."
     sizes = [row.stop - row.start for row in rows]
     row_index = torch.tensor([r for r, size in enumerate(sizes) for _ in range(size)], device=ids.device)
@@ -216,20 +242,31 @@ def score_spans(model,
 
 # %% ../nbs/10_core.ipynb #69edae98
 @torch.no_grad()
-def score_rows(model,  # a GPT: .hidden(ids) → (R, T, C), .logits(x) → (…, V)
-               rows: list[Row], pad: int, device: torch.device) -> list[tuple[float, bool]]:
+def score_rows(
+    model,     # a GPT: .hidden(ids) → (R, T, C), .logits(x) → (…, V)
+    rows: list[Row],
+    pad: int,  # token id that fills rows
+    device: torch.device,
+) -> list[tuple[float, bool]]:  # of each row: mean nats of the answer's tokens; whether each was the most likely
     "Score each row by itself."
     ids = pad_rows(rows, pad, device)
     return score_spans(model, model.hidden(ids), ids, rows)
 
 # %% ../nbs/10_core.ipynb #89ea1875
-def shared_start(rows: list[Row]) -> int:
+def shared_start(
+    rows: list[Row],  # of one item
+) -> int:  # 0 where the item has a single row
     "Tokens at the start of an item's rows that need to be read only once: what they share, up to the last token before an answer."
     return min(common_length([row.ids for row in rows]), min(row.start for row in rows) - 1) if len(rows) > 1 else 0
 
 # %% ../nbs/10_core.ipynb #137b997f
 @torch.no_grad()
-def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) -> list[tuple[float, bool]]:
+def score_shared(
+    model,                   # a GPT that can also .make_cache
+    items: list[list[Row]],  # the rows of each
+    pad: int,                # token id that fills rows
+    device: torch.device,
+) -> list[tuple[float, bool]]:  # of each row, item after item: mean nats of the answer's tokens; whether each was the most likely
     "Score the rows of several items, reading the shared start of each item once and its keys and values for every row."
     starts = [shared_start(rows) for rows in items]
     prefix = pad_rows([Row(rows[0].ids[:start], 0, 0) for rows, start in zip(items, starts)], pad, device)
@@ -244,7 +281,10 @@ def score_shared(model, items: list[list[Row]], pad: int, device: torch.device) 
     return score_spans(model, model.hidden(ids, cache=cache), ids, tails)
 
 # %% ../nbs/10_core.ipynb #eb33f971
-def pack_items(items: list[list[Row]], tokens: int) -> Iterator[list[int]]:  # indices of the items of each batch
+def pack_items(
+    items: list[list[Row]],  # the rows of each
+    tokens: int,             # most that a batch may have
+) -> Iterator[list[int]]:  # indices of the items of each batch
     "Batches of items of like length, at most `tokens` tokens each, padding included (or one item)."
     size = [max(len(row.ids) for row in rows) for rows in items]
     batch, rows = [], 0
@@ -258,11 +298,15 @@ def pack_items(items: list[list[Row]], tokens: int) -> Iterator[list[int]]:  # i
 # %% ../nbs/10_core.ipynb #b634c6a0
 WORTH_SHARING = 16  # tokens of shared start from which reading them once pays
 
-def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
-                tokens: int = 8192,    # of one forward pass
-                share: bool = True,    # read shared starts once, if the model has a cache for it
-                max_len: int = 2**30,  # positions the model has room for
-               ) -> list[list[tuple[float, bool]]]:  # scores of the rows of each item
+def score_items(
+    model,                   # a GPT; one without .make_cache shares nothing
+    items: list[list[Row]],  # the rows of each
+    pad: int,                # token id that fills rows
+    device: torch.device,
+    tokens: int = 8192,      # of one forward pass, padding included
+    share: bool = True,      # read shared starts once, if the model has a cache for it
+    max_len: int = 2**30,    # positions the model has room for
+) -> list[list[tuple[float, bool]]]:  # of each item, of each of its rows: mean nats of the answer's tokens; whether each was the most likely
     "Score all rows of all items in batches."
     scores, share = [None]*len(items), share and hasattr(model, 'make_cache')
     for use in (True, False):
@@ -274,19 +318,27 @@ def score_items(model, items: list[list[Row]], pad: int, device: torch.device,
     return scores
 
 # %% ../nbs/10_core.ipynb #5856807f
-def is_right(kind: str, scores: list[tuple[float, bool]], item: dict) -> bool:
+def is_right(
+    kind: str,   # 'multiple_choice', 'schema' or 'language_modeling'
+    scores: list[tuple[float, bool]],  # of its rows: mean nats, and whether each token was the most likely
+    item: dict,  # its 'gold' is the number of the right row; not read for 'language_modeling'
+) -> bool:
     "Whether an item is answered right: the lowest mean loss wins, or every token must be the most likely."
     if kind == 'language_modeling': return scores[0][1]
     losses = [loss for loss, _ in scores]
     return losses.index(min(losses)) == item['gold']
 
 # %% ../nbs/10_core.ipynb #44208f8d
-def evaluate_task(model, tokenizer: Tokenizer, task: CoreTask, compute: Compute,
-                  max_per_task: int = -1,      # items asked; -1 is all
-                  tokens: int = 8192,          # of one forward pass, padding included
-                  max_len: int | None = None,  # rows are cut to this from the left; None: what the model's rotary tables allow
-                  share: bool = True,          # read the shared start of an item's rows once
-                 ) -> dict:
+def evaluate_task(
+    model,
+    tokenizer: Tokenizer,
+    task: CoreTask,
+    compute: Compute,
+    max_per_task: int = -1,      # items asked by all processes together; -1 is all
+    tokens: int = 8192,          # of one forward pass, padding included
+    max_len: int | None = None,  # tokens; rows are cut to this from the left; None: what the model's rotary tables allow, 10·T
+    share: bool = True,          # read the shared start of an item's rows once
+) -> dict:  # accuracy (0 to 1), centered, n (items asked), baseline (percent), kind, shots, seconds
     "Accuracy of a model on one task; processes share the items by stride."
     started, items = time.time(), load_items(task)
     asked = range(compute.rank, min(max_per_task, len(items)) if max_per_task > 0 else len(items), compute.world_size)
@@ -302,14 +354,16 @@ def evaluate_task(model, tokenizer: Tokenizer, task: CoreTask, compute: Compute,
                 kind=task.kind, shots=task.num_fewshot, seconds=round(time.time() - started, 2))
 
 # %% ../nbs/10_core.ipynb #2debdbc9
-def evaluate_core(model, tokenizer: Tokenizer,
-                  bundle: Path,            # folder with core.yaml, eval_meta_data.csv, eval_data/
-                  compute: Compute,
-                  max_per_task: int = -1,  # items asked of each task; -1 is all
-                  labels: list[str] | None = None,  # only these tasks
-                  **options,               # of evaluate_task
-                 ) -> dict:                # {'core': float, 'tasks': {label: …}}
-    "The CORE metric: the plain mean of the tasks' centred accuracies (the reference system, October 2025)."
+def evaluate_core(
+    model,                            # a GPT; in evaluation mode meanwhile
+    tokenizer: Tokenizer,
+    bundle: Path,                     # folder with core.yaml, eval_meta_data.csv, eval_data/
+    compute: Compute,
+    max_per_task: int = -1,           # items asked of each task; -1 is all
+    labels: list[str] | None = None,  # only these tasks; None: all
+    **options,                        # of evaluate_task
+) -> dict:  # {'core': float, 'tasks': {label: what evaluate_task returns}}
+    "The CORE metric: the plain mean of the tasks' centred accuracies (the reference system, October 2025); raises `NanochatError` for a label that the bundle does not have."
     tasks = load_bundle(bundle)
     unknown = set(labels or []) - {task.label for task in tasks}
     if unknown: raise NanochatError(f"unknown CORE task {sorted(unknown)[0]!r}; this bundle has: {', '.join(task.label for task in tasks)}")
@@ -320,7 +374,9 @@ def evaluate_core(model, tokenizer: Tokenizer,
     return dict(core=sum(result['centered'] for result in results.values())/len(results), tasks=results)
 
 # %% ../nbs/10_core.ipynb #bfc0cdde
-def core_csv(results: dict) -> str:
+def core_csv(
+    results: dict,  # as `evaluate_core` returns them
+) -> str:
     "The results in the form of the bundle's reference file."
     lines = [f'{"Task":<35}, {"Accuracy":<10}, {"Centered":<10}']
     lines += [f'{label:<35}, {task["accuracy"]:<10.6f}, {task["centered"]:<10.6f}' for label, task in results['tasks'].items()]
