@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .common import Compute, NanochatError, Run, print0, stage, write_atomic
@@ -26,7 +27,7 @@ from .engine import Engine, readable_text
 # %% ../nbs/22_hf.ipynb #5f29144c
 def hf_config(
     config: GPTConfig,
-    tokenizer: Tokenizer = None, # gives the ids of the special tokens
+    tokenizer: Tokenizer = None, # gives the ids of the special tokens; None: they stay empty
     dtype: str = "float32", # of the stored weights
 ) -> dict: # the content of config.json
     "A model's sizes as `transformers` writes them; raises `NanochatError` for a model that it cannot express"
@@ -182,32 +183,47 @@ class Examinee:
         super().__init__() # of what this is mixed with
         self.model, self.tokenizer, self.tokens, self.width = model, tokenizer, tokens, model.config.sequence_len
 
-    def score(self, items: list[list[Row]]) -> list[tuple[float, bool]]: # of each row: log-probability in nats, whether greedy decoding writes it
+    def score(self,
+        items: list[list[Row]], # the rows of each
+    ) -> list[tuple[float, bool]]: # of each row: log-probability in nats, whether greedy decoding writes it
         "The answers' sums, in the order of the rows"
         scores = score_items(self.model, items, self.tokenizer.bos, self.model.device, self.tokens)
         return [(-mean * (row.stop - row.start), greedy) for rows, found in zip(items, scores) for row, (mean, greedy) in zip(rows, found)]
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        "Each args: a context and its continuation. Log-probability of the continuation, and whether greedy decoding writes it"
-        def row(context, continuation): # white space at the end of a context belongs to the first token after it
-            return tokenize_prompts("language_modeling", [context.rstrip(), context + continuation], self.tokenizer, self.width + 1)[0]
-        together = groupby((request.args for request in requests), key=lambda args: args[0])
-        return self.score([[row(*args) for args in group] for _, group in together])
+# %% ../nbs/22_hf.ipynb #18b462a3
+@patch
+def loglikelihood(self: Examinee,
+    requests: list, # args of each: a context and its continuation
+    disable_tqdm: bool = False, # no bar is shown either way
+) -> list[tuple[float, bool]]: # of each: nats, whether greedy decoding writes it
+    "Log-probability of each continuation after its context"
+    def row(context, continuation): # white space at the end of a context belongs to the first token after it
+        return tokenize_prompts("language_modeling", [context.rstrip(), context + continuation], self.tokenizer, self.width + 1)[0]
+    together = groupby((request.args for request in requests), key=lambda args: args[0])
+    return self.score([[row(*args) for args in group] for _, group in together])
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        "Each args: a text. Its log-probability after <|bos|>"
-        documents = [windows(ids, self.width) for ids in self.tokenizer.encode([request.args[0] for request in requests], prepend=self.tokenizer.bos)]
-        scores = iter(self.score([[row] for rows in documents for row in rows]))
-        return [sum(next(scores)[0] for _ in rows) for rows in documents]
+@patch
+def loglikelihood_rolling(self: Examinee,
+    requests: list, # args of each: a text
+    disable_tqdm: bool = False, # no bar is shown either way
+) -> list[float]: # nats of each
+    "Log-probability of each text after <|bos|>"
+    documents = [windows(ids, self.width) for ids in self.tokenizer.encode([request.args[0] for request in requests], prepend=self.tokenizer.bos)]
+    scores = iter(self.score([[row] for rows in documents for row in rows]))
+    return [sum(next(scores)[0] for _ in rows) for rows in documents]
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        "Each args: a context and settings. What the model writes next, up to a stop text"
-        contexts, settings = [r.args[0] for r in requests], [generation_settings(r.args[1]) for r in requests]
-        prompts = [ids[:1] + ids[1:][1 - self.width:] for ids in self.tokenizer.encode(contexts, prepend=self.tokenizer.bos)]
-        engine = Engine(self.model, self.tokenizer, max_len=self.width + max(s["max_tokens"] for s in settings))
-        rows = [engine.submit(prompt, index=i, remember=False, **s)[0] for i, (prompt, s) in enumerate(zip(prompts, settings))]
-        while engine.busy: engine.step()
-        return [readable_text(self.tokenizer, row.ids, row.settings.stop) for row in rows]
+@patch
+def generate_until(self: Examinee,
+    requests: list, # args of each: a context and settings, as `generation_settings` reads them
+    disable_tqdm: bool = False, # no bar is shown either way
+) -> list[str]:
+    "What the model writes next, up to a stop text"
+    contexts, settings = [r.args[0] for r in requests], [generation_settings(r.args[1]) for r in requests]
+    prompts = [ids[:1] + ids[1:][1 - self.width:] for ids in self.tokenizer.encode(contexts, prepend=self.tokenizer.bos)]
+    engine = Engine(self.model, self.tokenizer, max_len=self.width + max(s["max_tokens"] for s in settings))
+    rows = [engine.submit(prompt, index=i, remember=False, **s)[0] for i, (prompt, s) in enumerate(zip(prompts, settings))]
+    while engine.busy: engine.step()
+    return [readable_text(self.tokenizer, row.ids, row.settings.stop) for row in rows]
 
 # %% ../nbs/22_hf.ipynb #37442c01
 def for_lm_eval(
@@ -254,23 +270,42 @@ class Borrowed(torch.nn.Module):
 
     @property
     def device(self) -> torch.device: return self.model.device
-    def hidden(self, ids: Tensor) -> Tensor: return self.model(ids, use_cache=False).logits # (B, T) -> (B, T, V): every model has its own way from hidden states to logits
-    def logits(self, x: Tensor) -> Tensor: return x.float()
 
+    def hidden(self,
+        ids: Tensor, # (B, T) int64
+    ) -> Tensor: # (B, T, V)
+        "Logits already: every model has its own way from hidden states to them"
+        return self.model(ids, use_cache=False).logits
+
+    def logits(self,
+        x: Tensor, # (…, V) of `hidden`
+    ) -> Tensor: # (…, V) float32
+        "The same, in the precision that a loss needs"
+        return x.float()
+
+# %% ../nbs/22_hf.ipynb #1744016a
 class BorrowedTokenizer:
     "A tokenizer of `transformers`, as `core` and `evaluate` need it"
     def __init__(self, tokenizer):
         self.theirs, self.bos = tokenizer, tokenizer.bos_token_id
         if self.bos is None: self.bos = tokenizer.eos_token_id # as GPT-2's, which begins a text with what ended the last one
 
-    def encode(self, text: str | list[str], prepend: int | None = None) -> list:
+    def encode(self,
+        text: str | list[str],
+        prepend: int | None = None, # token id that each text begins with; None: none
+    ) -> list: # token ids of the text, or such a list for each text
+        "What a text is in tokens, without those that the tokenizer would add by itself"
         if isinstance(text, str): return self.encode([text], prepend)[0]
         return [([] if prepend is None else [prepend]) + ids for ids in self.theirs(text, add_special_tokens=False)["input_ids"]]
 
-    def render_for_completion(self, messages: list[dict]) -> list[int]:
+    def render_for_completion(self,
+        messages: list[dict], # each with role and content; a last one of the assistant is left out
+    ) -> list[int]: # token ids, up to where the assistant begins
+        "A conversation in the form that the model was taught"
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         return self.theirs.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=False)
 
+# %% ../nbs/22_hf.ipynb #edd331e0
 def borrow(
     folder: str | Path, # a folder, or a name on the hub
     device: torch.device | str = "cpu",
