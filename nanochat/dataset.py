@@ -235,7 +235,7 @@ TASK_FILES = {  # what the chat stages and the evaluations read, as glob pattern
     'openai/gsm8k': 'main/*.parquet',
     'openai/openai_humaneval': 'openai_humaneval/*.parquet',
     'allenai/ai2_arc': 'ARC-*/*.parquet',
-    'cais/mmlu': 'a*/*.parquet',
+    'cais/mmlu': 'a[lu]*/*.parquet',
     'HuggingFaceTB/smol-smoltalk': 'data/*.parquet',
 }
 EXTRA_FILES = {  # what is not on the hub, and where it goes in the data root (the reference system, October 2025)
@@ -537,8 +537,8 @@ def write_shards(
         if not text.strip(): continue
         if text_digest(text) < limit: val.append(text); continue
         texts.append(text); length += len(text)
-        if length >= size: write(f'train-{number:05d}.parquet', texts); number, texts, length = number + 1, [], 0
-    if not val and len(texts) > 1: val = [min(texts, key=text_digest)]; texts.remove(val[0])
+        if length >= size and len(texts) > 1: write(f'train-{number:05d}.parquet', texts[:-1]); number, texts, length = number + 1, texts[-1:], len(text) # one is left, in case none was held out
+    if not val and number + len(texts) > 1: val = [min(texts, key=text_digest)]; texts.remove(val[0])
     if not val or not (texts or number): raise NanochatError(f"{len(texts + val)} documents are too few; one for training and one for validation are needed")
     if texts: write(f'train-{number:05d}.parquet', texts)
     write('val.parquet', val)
@@ -553,7 +553,7 @@ def own_shards(
     size = sum(path.stat().st_size for path in files)
     about = json.dumps([column, *[[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]])
     name = f'{Path(corpus.repo).name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}'
-    val = files[-1:] if len(files) > 1 and split_of(PurePosixPath(shard_names(files)[-1])) == 'val' else []
+    val = files[-1:] if len(files) > 1 and split_of(PurePosixPath(os.path.relpath(files[-1], os.path.commonpath(files)))) == 'val' else []
     def documents(files): return (text for path in files for text in file_documents(path, column))
     return made_once(home()/'data'/'own'/name, lambda part: write_shards(part, documents(files[:len(files) - len(val)]), max(20, size//1_000_000), documents(val)))
 

@@ -26,11 +26,12 @@ def rows(
 ) -> list[str]: # one for each parameter, and for what comes back
     "The lines of a table of parameters"
     found, empty = [], inspect.Parameter.empty
-    for name, note in docments(function, full=True).items():
+    for name, note in docments(function, full=True, args_kwargs=True).items():
+        if note.get("kind") in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) and not note["docment"]: continue
         if name in ("self", "cls") or name == "return" and not note["docment"] and note["anno"] in (empty, None): continue
         kind = "" if note["anno"] in (empty, None) else f"`{short(note['anno'])}`"
         default = "" if note["default"] is empty or name == "return" else f"`{short(note['default'])}`"
-        label = "*returns*" if name == "return" else f"`{name}`"
+        label = "*returns*" if name == "return" else f"`{'**' if note['kind'] == inspect.Parameter.VAR_KEYWORD else ''}{name}`"
         found.append(f"| {label} | {kind} | {default} | {(note['docment'] or '').replace('|', chr(92) + '|').replace(chr(10), ' ')} |")
     return found
 

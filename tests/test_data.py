@@ -305,11 +305,12 @@ def test_a_file_named_val_is_the_validation_part_and_nothing_of_it_is_trained_on
     assert set(parquet_documents(corpus_files(run, 'val'))) == {text(1000 + i) for i in range(30)}
     assert set(parquet_documents(corpus_files(run))) == {text(i) for i in range(300)}
 
-def test_json_lines_of_a_repository_keep_their_validation_file(root):
+@pytest.mark.parametrize('names', ['000', 'abc'])
+def test_json_lines_of_a_repository_keep_their_validation_file(root, names):
     folder = root/'someone/lines/da'
-    for split, start in (('train', 0), ('val', 500), ('test', 900)):
+    for split, start, name in zip(('train', 'val', 'test'), (0, 500, 900), names):
         (folder/split).mkdir(parents=True)
-        jsonl(folder/split/'0.jsonl', [text(start + i) for i in range(20)])
+        jsonl(folder/split/f'{name}.jsonl', [text(start + i) for i in range(20)])
     _, run = open_stage('lines', data=str(root), corpus='someone/lines/da')
     assert set(parquet_documents(corpus_files(run))) == {text(i) for i in range(20)} and set(parquet_documents(corpus_files(run, 'val'))) == {text(500 + i) for i in range(20)}
 
@@ -325,6 +326,12 @@ def test_what_is_held_out_when_a_folder_has_grown_was_held_out_before(tmp_path):
         dataset.write_shards(tmp_path/str(one_in), iter(texts), one_in)
         held.append(set(parquet_documents([tmp_path/str(one_in)/'val.parquet'])))
     assert held[0] >= held[1] >= held[2] and len(held[0]) > len(held[2]) > 10
+
+def test_one_document_is_held_out_even_when_each_fills_a_shard(tmp_path):
+    texts = [text(i) for i in range(5)]
+    dataset.write_shards(tmp_path, iter(texts), 2**40, size=1)
+    [held] = parquet_documents([tmp_path/'val.parquet'])
+    assert sorted([held, *parquet_documents(sorted(tmp_path.glob('train-*.parquet')))]) == sorted(texts)
 
 def test_two_languages_of_one_repository_have_a_validation_shard_each(root):
     for language, names in (('en', 'ab'), ('de', 'cd')):
