@@ -6,7 +6,8 @@
 __all__ = ['LANES', 'Bigram', 'Downhill', 'Labelled', 'labelled', 'simple_bits_per_byte', 'Surprises', 'bits_per_byte_cases',
            'training_loop', 'training_loop_cases', 'Siblings', 'count_supervised_cases', 'smoothed_cases', 'bill',
            'bill_cases', 'TokenLoader', 'watch_gradients', 'Together', 'Scheduled', 'little_gpt', 'reading_steps',
-           'little_trainer', 'learn_with', 'recorded', 'lanes_of', 'value_at', 'lane_svg', 'board_html', 'LossBoard']
+           'little_trainer', 'learn_with', 'recorded', 'lanes_of', 'value_at', 'lane_svg', 'board_html', 'LossBoard',
+           'scale_tabs']
 
 # %% ../nbs/34_lesson_pretrain.ipynb #e9522193
 import html, json, math, random, shutil, threading, time
@@ -23,7 +24,7 @@ from .common import Compute, NanochatError, Run
 from .core import bits_per_byte
 from .dataloader import Batch
 from .gpt import GPT, GPTConfig
-from .lesson import Habit, Mutant, Twin, exercise, live_page, pages_html, random_tensors
+from .lesson import Habit, Mutant, Tabs, Twin, exercise, live_page, pages_html, random_tensors
 from .muon import Schedule, make_optimizers, set_rates, step_together
 from .report import round_ticks, thin
 from .tokenizer import Tokenizer
@@ -441,3 +442,15 @@ def live(self: LossBoard):
         if change['new']: threading.Thread(target=reading, daemon=True).start()
     follow.observe(begin, 'value')
     return w.VBox([w.HBox([play, slider, follow]), live_page(self.page, slider)])
+
+# %% ../nbs/34_lesson_pretrain.ipynb #95c4403d
+def scale_tabs(scales: dict[str, dict], # scale → its run in words, and val_bpb and loss: seed → points (step, value)
+) -> Tabs:
+    "What was recorded of a run at each scale, one page a scale"
+    pages = {}
+    for scale, kept in scales.items():
+        metrics = [{'step': step, key: value} for key in ('loss', 'val_bpb') for step, value in kept[key]['0']]
+        last = max(entry['step'] for entry in metrics)
+        ends = ', '.join(f'{points[-1][1]:.2f}' for points in kept['val_bpb'].values())
+        pages[scale] = board_html(lanes_of(metrics), last, f'{scale}: {kept["run"]}') + f'<p style="margin:.3em 0">The seeds end at {ends} bits per byte.</p>'
+    return Tabs(pages, 'one dot, one scale')

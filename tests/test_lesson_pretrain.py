@@ -253,6 +253,18 @@ def test_board_of_a_run_without_measurements_says_so():
     assert 'nothing has been measured yet' in LossBoard(list).static() and 'nothing' in repr(LossBoard(list))
 
 
+def test_tabs_of_the_scales_show_the_recorded_ends():
+    scales = recorded('lesson_pretrain')['scales']
+    tabs = lesson_pretrain.scale_tabs(scales)
+    assert list(tabs.pages) == ['tiny', 'laptop'] == list(scales)
+    choice, view = tabs.live().children
+    for scale, kept in scales.items():
+        choice.value = scale
+        assert view.value == tabs.pages[scale] and view.value in tabs.static()
+        assert f'<b>{scale}: {kept["run"]}</b>' in view.value
+        for points in kept['val_bpb'].values(): assert f'{points[-1][1]:.2f}' in view.value
+
+
 # --- what was recorded -----------------------------------------------------------------------------------------------
 
 def test_recorded_runs_are_what_the_lesson_says_of_them():
@@ -260,6 +272,8 @@ def test_recorded_runs_are_what_the_lesson_says_of_them():
     loss = dict(lanes_of(longer['metrics'])['loss'])
     assert max(loss[step] for step in (190, 195)) > math.log(1024) and loss[185] < 2   # the peak
     assert longer['metrics'][-1]['val_bpb'] == pytest.approx(longer['record']['val_bpb'])
-    ours = recorded('lesson_pretrain')
-    assert len(ours['val_bpb']) == 3 and all(points[0][1] > 3.5 and points[-1][0] == 150 for points in ours['val_bpb'].values())
+    for scale, steps in dict(tiny=150, laptop=300).items():
+        ours = recorded('lesson_pretrain')['scales'][scale]
+        assert len(ours['val_bpb']) == 3 and all(points[0][1] > 3.5 and points[-1][0] == steps for points in ours['val_bpb'].values())
+        assert f'{steps} steps of' in ours['run'] and max(points[-1][1] for points in ours['val_bpb'].values()) - min(points[-1][1] for points in ours['val_bpb'].values()) < 0.1   # the lesson's band
     with pytest.raises(lesson.NanochatError, match='clone'): recorded('none')

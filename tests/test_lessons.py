@@ -298,7 +298,7 @@ def lens():
 
 TWINS = {   # every widget, with something small in it
     lesson.TokenStrip: lambda: lesson.TokenStrip('é!', lesson.single_bytes), lesson.Prediction: lambda: lesson.predict('pi', 'units'), lesson.Answer: lambda: lesson.reveal('pi', 3.14),
-    lesson.Zoo: small_zoo, lesson.Story: lambda: lesson.story(1, 'bytes'),
+    lesson.Tabs: lambda: lesson.Tabs({'<a>': '<p>a</p>', 'b': '<p>b</p>'}, '<one>'), lesson.Zoo: small_zoo, lesson.Story: lambda: lesson.story(1, 'bytes'),
     lesson_tokens.MergeStepper: lambda: lesson_tokens.MergeStepper('low lower lowest low', 4),
     lesson_attention.RopeDial: lambda: lesson_attention.RopeDial(4, steps=3), lesson_attention.AttentionGrid: lambda: lesson_attention.AttentionGrid(['a', ' <b>', '"'], torch.randn(2, 3, 3), 4),
     lesson_gpt.LogitLens: lens,
@@ -437,6 +437,31 @@ def test_calibration_draws_with_and_without_guesses():
     assert {'tau', 'no guess'} <= set(labels)
 
 
+def test_calibration_of_the_whole_course_shows_what_an_earlier_session_kept(tmp_path, monkeypatch):
+    assert 'no guess' in lesson.calibration(everything=True).axes[0].get_title()
+    kept = dict(low=dict(guess=1.0, unit='m', actual=4.0), high=dict(guess=9.0, unit='m', actual=3.0), near=dict(guess=2.0, unit='m', actual=2.1), unanswered=dict(guess=5.0, unit='m'))
+    (tmp_path / 'progress.json').write_text(json.dumps(dict(predictions=kept)))
+    monkeypatch.setattr(lesson, '_revealed', {'of this session': 1.0})
+    axes = lesson.calibration(everything=True).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['low', 'near', 'high']
+    assert axes.get_title() == '3 guesses, 1 of them within a factor of two'
+
+
+def test_solved_shows_what_passed_today_or_earlier_and_nothing_else(tmp_path):
+    assert 'passed' in repr(lesson.solved(1)) and not any(lesson.solved(1).lessons[1].values())
+    (tmp_path / 'progress.json').write_text(json.dumps(dict(exercises={'tokenizer.count_pairs': dict(attempts=2, passed=True), 'tokenizer.encode_chunk': dict(attempts=1, passed=False)})))
+    lesson.check(tokenizer.merge)
+    assert [name for name, passed in lesson.solved(1).lessons[1].items() if passed] == ['tokenizer.count_pairs', 'tokenizer.merge']
+    assert '✓ merge' in lesson.solved(1)._repr_html_() and '○ encode_chunk' in repr(lesson.solved(1)) and '2 of 4 passed' in repr(lesson.solved(1))
+    assert lesson.solved().total() == f'2 of {len(EXERCISES)} passed'
+
+
+def test_every_lesson_shows_its_own_exercises_at_its_end():
+    for number, path in enumerate(LESSONS):
+        assert set(lesson.solved(number).lessons[number]) == {library_name(path, function) for function in stubs(path)}, path.stem
+        assert any(source in (f'solved({number})', 'solved()') for source in cells(path, 'code')[-2:]), path.stem
+
+
 def test_damaged_progress_is_named_and_not_overwritten(tmp_path):
     (tmp_path / 'progress.json').write_text('{"exerc')
     with pytest.raises(lesson.NanochatError, match='progress.json'): lesson.check(tokenizer.merge)
@@ -507,7 +532,57 @@ def test_every_prediction_of_a_lesson_is_answered(path):
 def test_words_in_a_lessons_glossary_are_used_in_it(path):
     text = '\n'.join(cells(path, 'markdown'))
     lessons_text, _, words = text.partition('## Words of this lesson')
-    for term in re.findall(r'\*\*(.+?)\*\*', words.split('\n## ')[0]): assert term.lower() in lessons_text.lower(), term
+    terms = re.findall(r'\*\*(.+?)\*\*', words.split('\n## ')[0])
+    assert len(terms) >= 5, 'the lesson has no glossary'
+    for term in terms: assert term.lower() in lessons_text.lower(), term
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_every_lesson_knows_the_same_four_scales(path):
+    "In the parameter's comment, in the table of what they cost, and in the cell that makes the sizes"
+    scales, code = ['tiny', 'laptop', 'gpu', 'node'], cells(path, 'code')
+    assert 'scale = "tiny"     # tiny, laptop, gpu or node' in '\n'.join(code)
+    assert re.findall(r'`(tiny|laptop|gpu|node)`', '\n'.join(re.findall(r'^\| `.*', cells(path, 'markdown')[1], re.M))) == scales
+    trees = [ast.walk(ast.parse(source)) for source in code if '[scale]' in source]
+    tables = [[word.arg for word in node.value.keywords] for tree in trees for node in tree if isinstance(node, ast.Subscript) and getattr(node.slice, 'id', '') == 'scale']
+    assert tables == [scales]
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_every_lesson_has_a_band_that_a_number_can_miss(path):
+    "At most half of its middle to either side, but for a ratio of two times by the clock"
+    calls = [node for source in cells(path, 'code') for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'expect']
+    assert calls, 'no number of the lesson is compared with ours'
+    for call in calls:
+        values = {word.arg: word.value for word in call.keywords}
+        if isinstance(call.args[1], ast.Call) or 'times as fast' in values['name'].value: continue   # a middle that is computed; a ratio of speeds
+        assert ast.literal_eval(values['tol']) <= abs(ast.literal_eval(call.args[1])) / 2, values['name'].value
+    assert 'is within' in path.read_text()
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_every_lesson_draws_what_comes_of_the_learners_functions_over_what_comes_of_the_librarys(path):
+    code = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    drawn = [c for c in code if re.search(r"label='(with your functions|yours)'|plot\(.*'yours'\)", ''.join(c['source']))]
+    assert any('image/png' in o.get('data', {}) for c in drawn for o in c['outputs'])
+    assert re.search(r'swap\(.*chosen|with .*yours\(\)|first_arguments\(chosen|swap\(place, function\)|swap\(name, function\)', '\n'.join(cells(path, 'code')))
+
+
+def test_picture_of_lesson_1_shows_the_learners_own_tokenizer(monkeypatch):
+    import matplotlib.pyplot as plt
+    import regex
+    from fastcore.test import test_eq
+    names = dict(text=lesson.lesson_text(24_000), regex=regex, plt=plt, tokenizer=tokenizer, SPLIT_PATTERN=tokenizer.SPLIT_PATTERN, swap=lesson.swap, chosen=lesson.chosen, test_eq=test_eq)
+    exec(next(source for source in cells(LESSONS[1], 'code') if 'def spell' in source).split('\nspell(')[0], names)
+    picture = next(source for source in cells(LESSONS[1], 'code') if 'def shrink' in source)
+    exec(picture, names)
+    (_, ours), (_, yours) = (line.get_data() for line in plt.gca().lines)
+    assert len(ours) == 7 and list(ours) == list(yours) and ours[-1] > ours[0] == 1
+    for name, mutant in (('tokenizer.merge', 'overlap'), ('tokenizer.encode_chunk', 'newest first'), ('tokenizer.train_bpe', 'rarest')):
+        mine = lesson.mutated(name, next(m for m in lesson.exercises[name].mutants if m.name == mutant))
+        monkeypatch.setattr(lesson, '_passed', {name: mine})
+        with pytest.raises(AssertionError): exec(picture, names)
+    plt.close('all')
 
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
