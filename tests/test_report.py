@@ -1,6 +1,7 @@
 """The report card: from records alone, in any state of a run, the same bytes each time, safe with whatever a model wrote."""
-import itertools, re, shutil, subprocess, sys
+import base64, contextlib, itertools, json, os, re, shutil, subprocess, sys, time, urllib.request
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +147,61 @@ def test_courses_and_costs_of_runs_in_any_state_stand_beside_each_other(run):
     assert rows['time of base'] == ['2 min 00 s', '–'] and rows['time in all'] == ['45 min 00 s', '0.0 s'] and rows['tokens in training'] == ['–', '–']
 
 
+def test_every_measure_that_a_stage_has_logged_is_drawn_and_no_other(run):
+    for step in range(3):
+        run.log('base', step, loss=3. - step, mfu=.4, grad_norm=.5, lr=1., lr_matrices=.02, lr_embedding=.2, val_bpb=1. - step / 9)
+        run.log('sft', step, loss=1., val_loss=.9 - step / 9, grad_norm=None, mfu=None)
+        run.log('rl', step, reward=step / 3)
+    records = report.read_records(run)
+    labels = {stage: [block[1] for block in report.stage_blocks(dict(records, metrics={stage: records['metrics'][stage]})) if block[0] == 'curve'] for stage in ('base', 'sft', 'rl')}
+    assert labels['base'] == [report.CURVES[name] for name in ('loss', 'val_bpb', 'lr', 'grad_norm', 'mfu')]
+    assert labels['sft'] == [report.CURVES[name] for name in ('loss', 'val_loss')] and labels['rl'] == [report.CURVES['reward']]
+    report.write_report(run)
+    text = written(run)[0].decode()
+    assert 'learning rate of the group matrices: 0.02' in text and 'learning rate of the group embedding: 0.2' in text
+
+
+def test_the_price_that_was_noted_replaces_the_one_of_the_gpus(run):
+    fill(run)
+    assert report.totals(report.read_records(run))['price'] is None
+    run.update_info(machine=run.info['machine'] | dict(gpus=['NVIDIA H100 80GB HBM3'] * 2))
+    assert report.totals(report.read_records(run))['price'] == 6
+    run.update_info(hourly_usd=2.5)
+    report.write_report(run)
+    assert '$1.88 at $2.50 an hour' in written(run)[0].decode()  # of 45 minutes
+
+
+def test_the_next_goal_says_what_it_would_take_on_the_machine_of_the_run(run):
+    fill(run)
+    run.update_info(hourly_usd=24, estimate=dict(rl=600., eval_rl=300.), goals=dict(d20=14_000., d26=50_000., d30=100_000.))
+    def goal(): return report.next_goal(report.read_records(run))
+    assert goal().startswith('Next goal: d30 (MMLU above 0.40, ARC-Easy above 0.70, GSM8K above 0.20;') and goal().endswith('A d30 from the beginning would take about 27 h 46 min on the machine of this run, $666.67.')
+    change(run, 'evals', 'base_CORE.json', tasks={f't{i}': dict(accuracy=.42, centered=.2, n=2000, baseline=25.) for i in range(22)})
+    assert goal().startswith('Next goal: GPT-2 774M') and 'A d20 from the beginning would take about 3 h 53 min' in goal() and goal().endswith('$93.33.')
+    for path in (run.path('stages', f'{name}.json') for name in ('rl', 'eval_rl')): path.unlink()
+    for task in ('ARC-Easy', 'GSM8K'): run.path('evals', f'rl_{task}.json').unlink()
+    assert goal().startswith('Next goal: Self-taught') and goal().endswith('The stages up to there (rl, eval_rl) would take about 15 min 00 s on the machine of this run, $6.00.')
+    run.update_info(goals=None, estimate=None)
+    assert goal().endswith('improved word problems).')  # an older run: nothing is known, nothing is said
+
+
+def test_the_level_of_d30_needs_all_three_of_its_published_scores(run):
+    fill(run)
+    for stage, right in dict(mid=.3, sft=.5, rl=.9).items():
+        run.write_json({**run.read_json('evals', f'{stage}_GSM8K.json'), 'task': 'MMLU', 'accuracy': right}, 'evals', f'{stage}_MMLU.json')
+    assert 'd30' in report.write_report(run)['badges']
+    change(run, 'evals', 'rl_MMLU.json', accuracy=.45, stderr=.03)  # within two standard errors of 0.40
+    assert 'd30' not in report.write_report(run)['badges']
+
+
+def test_a_prompt_is_followed_from_the_base_model_on_where_it_was_asked(run):
+    fill(run)
+    change(run, 'evals', 'base_samples.json', samples=[dict(prompt='The', completion='sun'), dict(prompt=HOSTILE, completion='and so on')])
+    blocks = report.sample_blocks(report.read_records(run))
+    assert [block[1] for block in blocks if block[0] == 'code'] == ['user', 'BASE', 'MID', 'SFT', 'RL']
+    assert next(block for block in blocks if block[0] == 'table')[2] == [['The', 'sun']]
+
+
 def test_verdicts_of_an_earlier_checkpoint_do_not_count(run):
     fill(run)
     kept = run.read_json('evals', 'sft_GSM8K.json')
@@ -195,3 +251,62 @@ def test_the_little_worlds_scores_never_stand_beside_published_ones(run):
     assert header == ['measure', 'BASE', 'MID', 'SFT', 'RL']
     assert not [badge for badge in report.write_report(run)['badges'] if 'GPT-2' in badge]
     assert 'not to be compared' in run.path('report.md').read_text()
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+
+
+@contextlib.contextmanager
+def browser(url, folder):
+    "A headless browser with a page, as a function that sends commands to its debugging port; no name resolves: the page must need no network"
+    from websockets.sync.client import connect
+    process = subprocess.Popen([BROWSER, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--remote-debugging-port=0', f'--user-data-dir={folder}',
+                                '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        port_file, end = Path(folder, 'DevToolsActivePort'), time.time() + 60
+        while not (port_file.exists() and len(port_file.read_text().split()) == 2) and time.time() < end: time.sleep(.1)
+        listed = f'http://127.0.0.1:{port_file.read_text().split()[0]}/json'
+        while not (pages := [t for t in json.load(urllib.request.urlopen(listed)) if t['type'] == 'page']) and time.time() < end: time.sleep(.1)
+        with connect(pages[0]['webSocketDebuggerUrl'], max_size=2**26) as socket:
+            numbers = itertools.count(1)
+            def call(method, **params):
+                number = next(numbers)
+                socket.send(json.dumps(dict(id=number, method=method, params=params)))
+                while (answer := json.loads(socket.recv(60))).get('id') != number: continue
+                return answer['result']
+            yield call
+    finally: process.terminate(); process.wait(20)
+
+
+LOOK = """(() => {
+  if (document.readyState != 'complete' || !document.body || !document.querySelector('details')) return null;
+  document.querySelectorAll('details').forEach(d => d.open = true);
+  const style = e => getComputedStyle(document.querySelector(e)), light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(Number); return (.2126 * r + .7152 * g + .0722 * b) / 255 };
+  const clipped = [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.wide')).map(e => e.tagName);
+  return { paper: light(style('body').backgroundColor), ink: light(style('body').color), line: light(style('.curve .line').stroke), panel: light(style('pre').backgroundColor),
+           wide: document.documentElement.scrollWidth, scores: (e => e.scrollWidth - e.clientWidth)(document.querySelectorAll('.wide')[1]), window: innerWidth, clipped, text: document.body.innerText, curves: document.querySelectorAll('svg.curve').length,
+           errors: performance.getEntriesByType('resource').map(e => e.name) } })()"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason='no chromium or chrome on this machine')
+@pytest.mark.parametrize('scheme, width', [('light', 1280), ('dark', 1280), ('light', 390), ('dark', 390)])
+def test_the_page_is_readable_in_a_browser_by_day_and_night_and_on_a_phone(run, tmp_path, scheme, width):
+    fill(run)
+    for step in range(30): run.log('base', 30 + step, loss=1.5, grad_norm=.5, lr=1., lr_matrices=.02, mfu=.4)
+    change(run, 'evals', 'sft_samples.json', samples=[dict(prompt='a_very_long_word_' * 30, completion='x' * 600)])
+    report.write_report(run)
+    with browser(run.path('report.html').as_uri(), tmp_path / 'browser') as call:
+        call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
+        call('Emulation.setDeviceMetricsOverride', width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        end = time.time() + 30
+        while not (seen := call('Runtime.evaluate', expression=LOOK, returnByValue=True)['result'].get('value')) and time.time() < end: time.sleep(.2)
+        picture = Path(os.environ.get('NANOCHAT_SCREENSHOT', tmp_path)) / f'report-{scheme}-{width}.png'
+        picture.write_bytes(base64.b64decode(call('Page.captureScreenshot', captureBeyondViewport=True)['data']))
+    assert seen['window'] == width and seen['wide'] <= width and seen['clipped'] == []  # wide tables scroll on their own
+    if width == 1280: assert seen['scores'] <= 0  # and the table of scores need not
+    assert (seen['paper'] > .9 and seen['ink'] < .3) if scheme == 'light' else (seen['paper'] < .2 and seen['ink'] > .8)
+    assert all(abs(seen[part] - seen['paper']) > .3 for part in ('ink', 'line')) and abs(seen['panel'] - seen['paper']) < .2
+    assert seen['errors'] == [] and seen['curves'] >= 8 and 'Next goal' in seen['text'] and picture.stat().st_size > 20_000
