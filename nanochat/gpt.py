@@ -126,7 +126,7 @@ class GPT(nn.Module):
         compute_dtype = torch.float32, # of activations and matrix products; weights stay float32
     ):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, False # recompute: forget what blocks need for the backward pass, and make it again
         self.transformer = nn.ModuleDict(dict(
             wte = nn.Embedding(config.vocab_size, config.n_embd),
             h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))))
@@ -218,7 +218,8 @@ def hidden(self:GPT,
     for i, block in enumerate(t.h):
         if c.residual_lambdas: x = t.resid_lambdas[i] * x + t.x0_lambdas[i] * start
         value = t.value_embeds[str(i)](idx).to(self.compute_dtype) if c.has_value_table(i) else None
-        x = block(x, cos, sin, cache, value)
+        if self.recompute and cache is None and torch.is_grad_enabled(): x = checkpoint(block, x, cos, sin, None, value, use_reentrant=False)
+        else: x = block(x, cos, sin, cache, value)
         if i == (c.n_layer - 1) // 2: middle = x
     if c.backout: x = x - t.backout_lambda[0] * middle
     if cache is not None: cache.advance(T)

@@ -136,6 +136,7 @@ def new_trainer(
         if not (steps or minutes or flops): steps = rules["steps"]
     T, (rows, micro_batches) = o.sequence_len, share_batch(total, o.batch_size, o.sequence_len, compute.world_size)
     model = new_model(tokenizer, compute, o.depth, o.n_embd, o.n_head, T, **shape)
+    model.recompute = o.recompute
     loader = DocumentLoader(corpus_sources(run), tokenizer, rows, T, compute.rank, compute.world_size, o.packing, o.split, device=compute.device)
     def evaluate(step): return dict(val_bpb=validation_bits_per_byte(model, run, tokenizer, compute, rows, T, o.eval_tokens))
     num_steps = plan_steps(model, compute, total, steps, minutes, flops, o.tokens_per_param)
@@ -173,6 +174,7 @@ def main(run: Run, compute: Compute, *,
          packing: str = "flat", # rows of one stream, or best_fit: of whole documents
          split: str = "rows", # how processes share the text: rows or row_groups
          compile: bool = True, # use torch.compile
+         recompute: bool = False, # keep less for the backward pass and compute it again: less memory, a third more work
          device: str = "auto", # auto, cpu, cuda or mps
          dtype: str = "auto", # auto, bfloat16 or float32
          seed: int = 42, # of the first weights

@@ -228,6 +228,20 @@ def test_a_text_read_in_pieces_of_any_length_gives_the_same_logits(sizes, by_tok
     assert torch.allclose(torch.cat(pieces, 1), model(ids), atol=2e-5)
 
 
+@pytest.mark.parametrize("sizes", [dict(depth=3, n_embd=32, n_head=2), dict(depth=4, n_embd=32, n_head=2) | RECIPES["modern"]])
+def test_what_blocks_forget_and_compute_again_gives_the_same_gradients(sizes):
+    model, kept, gradients = lively(**sizes), {}, {}
+    ids = tokens(model, 2, 33)
+    for recompute in (False, True):
+        model.recompute, held = recompute, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.nbytes) or t, lambda t: t): loss = model(ids[:, :-1], ids[:, 1:])
+        model.zero_grad()
+        loss.backward()
+        kept[recompute], gradients[recompute] = sum(held), [p.grad.clone() for p in model.parameters()]
+    assert kept[True] < kept[False] / 2
+    for a, b in zip(gradients[False], gradients[True]): torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_a_window_reads_no_more_keys_than_it_needs():
     model = lively(depth=2, n_embd=32, n_head=2, window_pattern="S")
