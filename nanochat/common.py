@@ -360,6 +360,19 @@ def metrics(self: Run, stage: str | None = None) -> list[dict]:
     order = list(dict.fromkeys(s for s, _ in newest))
     return sorted(newest.values(), key=lambda e: (order.index(e["stage"]), e["step"]))
 
+# %% ../nbs/00_common.ipynb #db1070d1
+@patch
+def log_end(
+    self: Run,
+    stage: str,
+    seconds: float, # that it took, with all its sessions
+    results: dict, # what it found
+) -> None:
+    "One line about a stage that is through: seconds, and those of its figures that its stream does not hold yet"
+    known = {name for line in self.metrics(stage) for name in line} | {"step", "steps"}
+    figures = {name: value for name, value in results.items() if isinstance(value, (int, float)) and name not in known}
+    self.log(stage, results.get("steps", results.get("step", 0)), **figures | dict(seconds=seconds))
+
 # %% ../nbs/00_common.ipynb #2b221c62
 @patch
 def record(self: Run, stage: str) -> dict | None:
@@ -494,7 +507,9 @@ def execute(self: Stage, run_name: str, profile: str, name: str, values: dict, c
                 raise NanochatError(f"stage {name}: needs stage {needed}, which is not complete in run '{run_name}'; run it first")
         watcher = tracker(run_name) if compute.is_main else None  # what is wrong with it is said now
         with run.clock(name) if compute.is_main else contextlib.nullcontext(lambda: None) as seconds:
-            try: results = self.func(run, compute, **values) or {}
+            try:
+                results = self.func(run, compute, **values) or {}
+                if compute.is_main and not self.always: run.log_end(name, seconds(), results)
             finally:
                 if watcher: watcher.finish(); tracker.cache_clear()
             record = dict(stage=name, status="complete", options=values, results=results, processes=compute.world_size, seconds=seconds(),

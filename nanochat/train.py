@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PEAK_FLOPS', 'count_supervised', 'accumulation_steps', 'share_batch', 'share_rows', 'horizon', 'peak_flops',
-           'memory_gb', 'compiled', 'Trainer', 'cut_batch', 'smoothed']
+           'memory_gb', 'compiled', 'Trainer', 'cut_batch', 'noted_gradients', 'smoothed']
 
 # %% ../nbs/09_train.ipynb #613a4a93
-import math, shutil, time
+import contextlib, math, shutil, time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class Trainer:
         self.num_steps, self.minutes, self.grad_accum, self.schedule = num_steps, minutes, grad_accum, schedule
         self.evaluate, self.eval_every, self.save_every, self.log_every = evaluate, eval_every, save_every, log_every
         self.step, self.tokens, self.seconds, self.smooth = 0, 0, 0.0, None
-        self.started, self.values, self.measured = 0, {}, -1  # measured: the step of the values
+        self.started, self.values, self.measured, self.grad_norm = 0, {}, -1, None  # measured: the step of the values
         self.pieces = 1  # each micro-batch is cut into so many, more when memory runs out
         self.forward = compiled(model, compute.device, compile)
 
@@ -222,6 +223,31 @@ def fit_memory(
         if self.compute.device.type == "cuda": torch.cuda.empty_cache()
         print(f"{self.stage}: out of memory; from now on {-(-rows // self.pieces)} rows at a time, and the same steps", flush=True)
 
+# %% ../nbs/09_train.ipynb #2a58dccd
+@contextlib.contextmanager
+def noted_gradients(
+    optimizers: list, # of `make_optimizers`
+) -> Iterator[list[Tensor]]: # squared lengths
+    "Note the gradients that the optimizers of this process compute with, as they come together from all processes"
+    squares = []
+    def noting(optimizer):
+        def update(group, pieces):
+            squares.extend(length.square() for length in torch._foreach_norm([piece.of(piece.param.grad) for piece in pieces]))
+            type(optimizer).update(optimizer, group, pieces)
+        return update
+    for optimizer in optimizers: optimizer.update = noting(optimizer)
+    try: yield squares
+    finally:
+        for optimizer in optimizers: del optimizer.update
+
+@patch
+def step_optimizers(self: Trainer) -> None:
+    "One step of all optimizers; sets `grad_norm`, on a GPU every tenth step only, since reading it lets the processor wait"
+    self.grad_norm = None
+    if self.compute.device.type == "cuda" and self.step % 10: return step_together(self.optimizers)
+    with noted_gradients(self.optimizers) as squares: step_together(self.optimizers)
+    self.grad_norm = float(self.compute.all_reduce(sum(squares, torch.zeros((), device=self.compute.device)))) ** 0.5
+
 # %% ../nbs/09_train.ipynb #0b001202
 @patch
 def learn(
@@ -235,7 +261,7 @@ def learn(
     value = float(self.compute.all_reduce(loss))
     if not math.isfinite(value): self.stop_on_nan(value, batches, write=not math.isfinite(mine))
     set_rates(self.optimizers, self.schedule, scale, self.step, self.progress)
-    step_together(self.optimizers)
+    self.step_optimizers()
     for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
     self.tokens += sum(b.inputs.numel() for b in batches) * self.compute.world_size
     return value
@@ -278,10 +304,10 @@ def report_line(self: Trainer, loss: float, scale: float) -> None:
     speed = (self.tokens - self.warm_tokens) / max(1e-9, time.time() - self.warm_time) if steady > 0 else 0.0
     peak = peak_flops(self.compute.device)
     mfu = speed * self.model.flops_per_token() / (peak * self.compute.world_size) if peak else None
-    extra = getattr(self.loader, "metrics", {})
+    extra, rates = getattr(self.loader, "metrics", {}), {f"lr_{group['name']}": group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups if "name" in group}
     if self.compute.is_main:
-        self.run.log(self.stage, self.step, loss=loss, lr=scale, tokens=self.tokens, tok_per_sec=speed, mfu=mfu,
-                     memory_gb=memory_gb(self.compute.device), train_seconds=self.seconds + time.time() - self.begun, **extra)
+        self.run.log(self.stage, self.step, **dict(loss=loss, lr=scale, **rates, grad_norm=self.grad_norm, tokens=self.tokens, tok_per_sec=speed, mfu=mfu,
+                     memory_gb=memory_gb(self.compute.device), train_seconds=self.seconds + time.time() - self.begun) | extra)
     total = self.num_steps or 0
     every = self.log_every or max(1, (total or 400) // 20)
     if self.step % every == 0 or self.step == total:

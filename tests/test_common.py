@@ -56,6 +56,17 @@ def test_a_complete_stage_is_skipped_and_says_which_options_it_was_made_with(hom
     assert 'skipped; it was made with another rate, for which a new run is needed' in capsys.readouterr().out
 
 
+def test_a_stage_that_is_through_leaves_one_line_with_what_it_took_and_the_figures_that_were_not_there(home):
+    run = Run.create('a', profile='tiny')
+    for step in (1, 2): run.log('report', step, loss=3. - step, tokens=10 * step)
+    run.log_end('report', 4.5, dict(steps=2, loss=1.25, params=7, good=True, tasks=dict(accuracy=1.), nothing=None))
+    [first, last] = run.metrics('report')
+    assert 'seconds' not in first and {k: v for k, v in last.items() if k != 'time'} == dict(stage='report', step=2, loss=1., tokens=20, seconds=4.5, params=7, good=True)
+    toy('a', 'tiny')
+    assert [line['step'] for line in run.metrics('report')] == [0, 1, 2] and run.metrics('report')[0]['seconds'] >= 0
+    assert (home / 'runs/a/metrics.jsonl').read_text().count('\n') == 4
+
+
 # --- machines and time -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, peak', [('NVIDIA A10G', None), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA H200', 989e12), ('NVIDIA A100-SXM4-80GB', 312e12)])

@@ -80,6 +80,16 @@ def test_speedrun_goes_through_every_stage_and_leaves_a_report(finished):
     assert outputs < 100_000, "the stored notebook is full of progress lines"
 
 
+def test_the_stream_of_measurements_tells_of_every_stage(finished):
+    for name in STAGES[:-1]: assert len(measured(finished, name, "seconds")) == 1 and measured(finished, name, "seconds")[0] > 0, name
+    for name in ("base", "mid", "sft", "rl"):
+        for measure in ("loss", "lr", "lr_matrices", "lr_embedding", "grad_norm", "tok_per_sec", "memory_gb", "train_seconds"): assert measured(finished, name, measure), (name, measure)
+    assert measured(finished, "eval_base", "val_bpb") and measured(finished, "eval_sft", "chatcore")
+    report = Path(finished, "runs/run/report.md").read_text()
+    for label in ("length of the gradient", "learning rate of the group matrices", "validation bits per byte", "validation loss", "mean reward"): assert label in report, label
+    assert "would take about" in report  # the next goal, on this machine
+
+
 def test_a_second_run_skips_every_complete_stage(finished):
     before = records(finished, "run")
     done = subprocess.run(speedrun(finished, "run"), cwd=ROOT, env=environment(finished), capture_output=True, text=True)
@@ -119,6 +129,10 @@ def losses(home, run="run"):
     return [json.loads(l)["loss"] for l in Path(home, "runs", run, "metrics.jsonl").read_text().splitlines() if '"loss"' in l]
 
 
+def measured(home, stage, name, run="run"):
+    return [line[name] for text in Path(home, "runs", run, "metrics.jsonl").read_text().splitlines() if (line := json.loads(text))["stage"] == stage and line.get(name) is not None]
+
+
 def before_base(finished, home):
     "A home with what a run has before its first training"
     shutil.copytree(finished / "data", home / "data")
@@ -140,6 +154,9 @@ def test_two_processes_have_the_loss_curve_of_one(finished, tmp_path):
         curves.append(losses(home))
     assert len(curves[0]) == len(curves[1]) == 25
     assert max(abs(a - b) for a, b in zip(*curves)) < 1e-3
+    norms = [measured(tmp_path / str(nproc), "base", "grad_norm") for nproc in (1, 2)]
+    assert len(norms[0]) == len(norms[1]) == 25
+    for one, two in zip(*norms): assert two == pytest.approx(one, rel=0.01)  # each process holds a part of the gradient: the length is that of the whole
 
 
 def test_an_unknown_profile_is_refused_in_one_line(tmp_path):
