@@ -320,6 +320,7 @@ def goal_cost(
     goals, estimate, price = (records['info'].get('goals') or {}), (records['info'].get('estimate') or {}), totals(records)['price']
     missing = [name for name in STAGES[:STAGES.index(need) + 1] if name not in records['stages']] if need in STAGES else []
     if missing and all(name in estimate for name in missing): seconds, what = sum(estimate[name] for name in missing), f"The stages up to there ({', '.join(missing)})"
+    elif need in STAGES and not missing: seconds, what = totals(records)['seconds'], 'Another run like this one, set otherwise,'
     elif need in goals: seconds, what = goals[need], f'A {need} from the beginning'
     else: return ''
     return f' {what} would take about {show_time(seconds)} on the machine of this run' + (f', ${price * seconds / 3600:,.2f}.' if price else '.')

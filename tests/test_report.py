@@ -181,6 +181,11 @@ def test_the_next_goal_says_what_it_would_take_on_the_machine_of_the_run(run):
     for path in (run.path('stages', f'{name}.json') for name in ('rl', 'eval_rl')): path.unlink()
     for task in ('ARC-Easy', 'GSM8K'): run.path('evals', f'rl_{task}.json').unlink()
     assert goal().startswith('Next goal: Self-taught') and goal().endswith('The stages up to there (rl, eval_rl) would take about 15 min 00 s on the machine of this run, $6.00.')
+    change(run, 'evals', 'sft_GSM8K.json', accuracy=0., centered=0.)  # finetuning did not help, and its stages are through
+    change(run, 'evals', 'sft_ARC-Easy.json', accuracy=.35, centered=.13)
+    assert goal().startswith('Next goal: Finishing school') and goal().endswith('Another run like this one, set otherwise, would take about 28 min 00 s on the machine of this run, $11.20.')
+    change(run, 'evals', 'sft_GSM8K.json', accuracy=.6, centered=.6)
+    change(run, 'evals', 'sft_ARC-Easy.json', accuracy=.6, centered=.47)
     run.update_info(goals=None, estimate=None)
     assert goal().endswith('improved word problems).')  # an older run: nothing is known, nothing is said
 
