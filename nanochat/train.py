@@ -143,7 +143,9 @@ from fastcore.basics import patch
 
 @patch
 def save(self: Trainer) -> None:
-    "Write a checkpoint of everything the loop needs to go on"
+    "Write a checkpoint of everything the loop needs to go on; raises `NanochatError` rather than replace a sound one by weights that are not finite"
+    if not torch.stack(torch._foreach_norm(list(self.model.parameters()))).isfinite().all():
+        raise NanochatError(f"stage {self.stage}: weights are not finite at step {self.step}, and are not saved; the last checkpoint is whole: lower the learning rates and run the same command again")
     state = dict(stage=self.stage, num_steps=self.num_steps, tokens=self.tokens, train_seconds=round(self.seconds, 3), smooth_loss=self.smooth,
                  loader=self.loader.state_dict(), values=self.values, measured=self.measured)
     best = next((name for name in self.values if name.startswith("val_")), "")
@@ -255,13 +257,14 @@ def learn(
     batches: list[Batch], # the micro-batches of a step
     scale: float, # what the learning rates are multiplied by
 ) -> float: # loss
-    "One optimizer step on these micro-batches; raises `NanochatError` for a loss that is not a number"
+    "One optimizer step on these micro-batches; raises `NanochatError` for a loss or a gradient that is not finite"
     loss = self.fit_memory(batches, count_supervised(batches, self.compute))
     mine = float(loss)
     value = float(self.compute.all_reduce(loss))
     if not math.isfinite(value): self.stop_on_nan(value, batches, write=not math.isfinite(mine))
     set_rates(self.optimizers, self.schedule, scale, self.step, self.progress)
     self.step_optimizers()
+    if self.grad_norm is not None and not math.isfinite(self.grad_norm): self.stop_on_nan(self.grad_norm, batches, "the gradient's length", self.compute.is_main)
     for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
     self.tokens += sum(b.inputs.numel() for b in batches) * self.compute.world_size
     return value
@@ -278,12 +281,18 @@ def train_step(
 
 # %% ../nbs/09_train.ipynb #62d18384
 @patch
-def stop_on_nan(self: Trainer, value: float, batches: list[Batch], write: bool = True) -> None: # write: it came from this process
+def stop_on_nan(
+    self: Trainer,
+    value: float, # nan or inf
+    batches: list[Batch], # of the step
+    what: str = "the loss",
+    write: bool = True, # whether this process writes the batch down: it came from here
+) -> None:
     "Record the offending batch and stop"
     if write:
-        self.run.write_json(dict(step=self.step, loss=str(value), inputs=[b.inputs.tolist() for b in batches], targets=[b.targets.tolist() for b in batches]),
+        self.run.write_json(dict(step=self.step, what=what, value=str(value), inputs=[b.inputs.tolist() for b in batches], targets=[b.targets.tolist() for b in batches]),
                             f"{self.stage}_bad_batch.json")
-    raise NanochatError(f"stage {self.stage}: the loss is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
+    raise NanochatError(f"stage {self.stage}: {what} is {value} at step {self.step}; its batch is in {self.stage}_bad_batch.json; "
                         f"the last checkpoint is whole: lower the learning rates and run the same command again")
 
 # %% ../nbs/09_train.ipynb #a585ba00
