@@ -8,10 +8,10 @@ __all__ = ['SECTIONS', 'TRACKERS', 'NanochatError', 'home', 'write_atomic', 'sha
            'compute_init', 'compute_cleanup', 'leave_now', 'print0', 'profiles_dir', 'list_profiles', 'check_sections',
            'load_profile', 'describe_machine', 'git_state', 'now', 'Run', 'tracker', 'stage_options', 'parse_value',
            'build_parser', 'resolve_options', 'Stage', 'in_notebook', 'stage', 'module_command', 'stage_command',
-           'die_with_parent', 'launch', 'parse_override']
+           'die_with_parent', 'ended_by_signal', 'launch', 'parse_override']
 
 # %% ../nbs/00_common.ipynb #45cb9d34
-import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, struct, sys, time, traceback
+import argparse, contextlib, ctypes, errno, fcntl, hashlib, importlib, inspect, json, os, platform, re, signal, struct, sys, time, traceback
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cache, wraps
@@ -584,6 +584,14 @@ def die_with_parent() -> None:
     PR_SET_PDEATHSIG, SIGKILL = 1, 9  # sys/prctl.h
     if sys.platform.startswith("linux"): ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
 
+def ended_by_signal(
+    who: str, # a process
+    number: int, # of the signal
+) -> str:
+    "What happened, and what to do"
+    memory = ", which is often the end of the memory" if number == signal.SIGKILL else ""
+    return f"{who} was ended by signal {number} ({signal.Signals(number).name}{memory}); the same command again goes on from the last checkpoint"
+
 def launch(
     module: str, # module of the stage, as in pretrain
     run: str, # name of the run
@@ -595,12 +603,14 @@ def launch(
     import subprocess
     command = stage_command(module, run, profile, nproc, **options)
     print("$ " + " ".join(["torchrun", *command[3:]] if "torch.distributed.run" in command else ["python", *command[1:]]), flush=True)
-    errors = []
+    errors, process_died = [], re.compile(r"failed \(exitcode: -(\d+)\) local_rank: (\d+)") # torchrun's words
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=die_with_parent,
                           env=os.environ | dict(PYTHONUNBUFFERED="1")) as process:
         for line in process.stdout:
             if line.startswith("nanochat: error: "): errors.append(line.removeprefix("nanochat: error: ").strip())
+            elif found := process_died.search(line): errors.append(ended_by_signal(f"process {found[2]} of stage {module}", int(found[1])))
             elif not errors: print(line, end="", flush=True)  # after the message there is only torchrun's own account of it
+    if process.returncode < 0 and not errors: errors.append(ended_by_signal(f"stage {module}", -process.returncode))
     if process.returncode:
         raise NanochatError(errors[0] if errors else f"stage {module} ended with status {process.returncode}; its last lines are above")
 

@@ -143,6 +143,23 @@ def before_base(finished, home):
     return home
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_stage_with_one_line_and_the_same_command_goes_on(finished, tmp_path):
+    home = before_base(finished, tmp_path / "home")
+    script = "from nanochat.common import launch; launch('pretrain', 'run', 'tiny', 2, steps=60, save_every=5, compile=False)"
+    def start(): return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first, deadline = start(), time.time() + 120
+    while not list((home / "runs/run/base").glob("step_*/state.json")): assert time.time() < deadline and first.poll() is None; time.sleep(.05)
+    [second] = [p for p in psutil.Process(first.pid).children(recursive=True) if p.environ().get("LOCAL_RANK") == "1"]
+    second.kill()
+    out, _ = first.communicate(timeout=60)
+    assert out.strip().splitlines()[-1].endswith("process 1 of stage pretrain was ended by signal 9 (SIGKILL, which is often the end of the memory); the same command again goes on from the last checkpoint")
+    assert "Root Cause" not in out
+    again = start()
+    out, _ = again.communicate(timeout=240)
+    assert again.returncode == 0 and "base: continues from step" in out, out[-2000:]
+
+
 def test_two_processes_have_the_loss_curve_of_one(finished, tmp_path):
     curves = []
     for nproc in (1, 2):
