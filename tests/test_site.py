@@ -53,6 +53,46 @@ def test_links_of_a_page_lead_somewhere(path):
     assert [target for target in links(path) if not (path.parent / target).exists()] == []
 
 
+def prose(path):
+    "The Markdown of a page or a notebook, without its code blocks"
+    text = path.read_text() if path.suffix != ".ipynb" else "\n\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(path):
+    "The names by which a page's headings are linked, as pandoc and GitHub make them"
+    def plain(heading): return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip()
+    return {re.sub(r"[^\w\- .]", "", plain(heading)).lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*?)(?: \{[^}]*\})?$", prose(path), re.MULTILINE)} | set(re.findall(r"\{#([\w-]+)", prose(path)))
+
+
+@pytest.mark.parametrize("path", [*map(ROOT.joinpath, NOTEBOOKS), *PAGES, ROOT / "README.md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_with_an_anchor_lead_to_a_heading(path):
+    found = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", prose(path)))
+    inside = [(path.parent / target if target else path, anchor) for target, anchor in found if not re.match(r"\w+:", target)]
+    assert [(target.name, anchor) for target, anchor in inside if anchor not in anchors(target)] == []
+
+
+def empty_outputs(notebook):
+    "Outputs that need a kernel to be seen: a widget, or the words that stand for one, without a picture or HTML beside it"
+    for number, cell in enumerate(notebook["cells"]):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            shown = [kind for kind, value in data.items() if (kind.startswith("image/") or kind in ("text/html", "text/markdown")) and "".join(value).strip()]
+            told = re.match(r"\w*(Box|Slider|Tab|Output|Button|Buttons|Dropdown|Text|Label|HTML|Accordion|Play|Progress)\(\w+=", "".join(data.get("text/plain", "")))
+            if not shown and (told or any("widget-view" in kind for kind in data)): yield number
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_a_notebook_stores_no_empty_widget(path): assert list(empty_outputs(json.loads((ROOT / path).read_text()))) == []
+
+
+def test_an_empty_widget_would_be_found():
+    def cell(**data): return dict(outputs=[dict(output_type="display_data", data=data)])
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": ["Tab()"]}
+    cells = [cell(**view), cell(**view, **{"text/html": ["<svg/>"]}), cell(**view, **{"text/html": [" "]}), cell(**{"text/plain": ["HBox(children=(…))"]}), cell(**{"text/plain": ["Text(3)"]}), {}]
+    assert list(empty_outputs(dict(cells=cells))) == [0, 2, 3]
+
+
 @pytest.mark.slow
 def test_smalldocs_finds_nothing_on_the_site():
     program = Path(sys.executable).parent / "smalldocs"
