@@ -264,7 +264,7 @@ MOST_MESSAGES, LONGEST_MESSAGE, LONGEST_CONVERSATION, LARGEST_BODY = 500, 8_000,
 
 def sampling_model():
     "The pydantic class of what every request may ask"
-    from pydantic import BaseModel, Field, field_validator
+    from pydantic import BaseModel, Field, field_validator, model_validator
 
     class StreamOptions(BaseModel):
         include_usage: bool = False
@@ -281,6 +281,10 @@ def sampling_model():
         n: int = Field(1, ge=1, le=16)
         stream: bool = False
         stream_options: StreamOptions | None = None
+
+        @model_validator(mode="before")
+        @classmethod
+        def without_nulls(cls, fields): return {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
         @field_validator("stop", mode="before")
         @classmethod
@@ -304,6 +308,10 @@ def message_model():
     class Message(BaseModel):
         role: Literal["system", "user", "assistant"]
         content: str | list[Part]
+
+        @field_validator("role", mode="before")
+        @classmethod
+        def known(cls, role): return "system" if role == "developer" else role # OpenAI's newer name
 
         @field_validator("content")
         @classmethod

@@ -87,6 +87,9 @@ def test_openai_client_whole_and_streamed(server):
     assert text == whole.choices[0].message.content and text
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert [m.id for m in client.models.list()] == ["tiny"]
+    nothing = dict(temperature=None, top_p=None, n=None, stop=None, logprobs=None, max_completion_tokens=None, stream_options=None)  # sent as null
+    renamed = dict(asked, messages=[dict(role="developer", content="Be kind."), *asked["messages"][1:]])
+    assert client.chat.completions.create(**renamed, **nothing).choices[0].message.content == text
     with pytest.raises(openai.UnprocessableEntityError) as caught: client.chat.completions.create(**asked, temperature=9)
     assert caught.value.param == "temperature"
 

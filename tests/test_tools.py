@@ -2,6 +2,7 @@
 import json, os, re, shutil, socket, sys, tempfile, time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanochat import tools
@@ -103,6 +104,42 @@ def test_sandbox_shows_no_other_files_network_or_processes(level):
     assert not run_sandboxed(f"import os; os.kill({os.getpid()}, 0)", isolation=level).ok
     undo = "import ctypes, os\nl = ctypes.CDLL(None, use_errno=True)\nassert l.mount(b'none', b'/usr', b'tmpfs', 0, None) == -1\nassert l.setuid(0) == -1 or os.getuid() != 0"
     assert run_sandboxed(undo, isolation=level).ok
+
+
+@pytest.mark.parametrize("level", WALLED)
+def test_sandbox_holds_and_reports_what_tries_to_get_out(level, monkeypatch):
+    monkeypatch.setenv("API_TOKEN", secret := f"secret{os.getpid()}")
+    outside = Path(tempfile.mkdtemp()); outside.chmod(0o777)
+    (outside / "note").write_text(secret); (outside / "note").chmod(0o666)
+    tries = dict(
+        link_to_a_file=f"import os; os.symlink({str(outside / 'note')!r}, 'way'); print(open('way').read())",
+        link_to_a_folder=f"import os; os.symlink({str(outside)!r}, 'way'); open('way/planted', 'w').write('x')",
+        dots="print(open('../' * 12 + 'etc/passwd').read())",
+        environment_of_the_caller=f"print(open('/proc/{os.getpid()}/environ').read())",
+        memory_of_the_caller=f"open('/proc/{os.getpid()}/mem', 'rb').read(1)",
+        root_of_the_caller=f"import os; print(os.listdir('/proc/{os.getpid()}/root'))",
+        trace_of_the_caller=f"import ctypes; assert ctypes.CDLL(None).ptrace(16, {os.getpid()}, 0, 0) == 0",
+        end_of_the_caller=f"import os, signal; os.kill({os.getpid()}, signal.SIGKILL)")
+    for name, code in tries.items():
+        result = run_sandboxed(code, isolation=level, timeout=5)
+        assert not result.ok and result.error and secret not in result.stdout + result.stderr, f"{name}: {result}"
+    every = "import os\nfor p in os.listdir('/proc'):\n    try: print(open(f'/proc/{p}/environ').read())\n    except OSError: pass"
+    assert secret not in run_sandboxed(every, isolation=level).stdout
+    for target in ("-1", "os.getppid()"): run_sandboxed(f"import os, signal\ntry: os.kill({target}, signal.SIGKILL)\nexcept OSError: pass", isolation=level)  # this process is still here
+    assert [p.name for p in outside.iterdir()] == ["note"] and (outside / "note").read_text() == secret
+    assert run_sandboxed("print('still at work')", isolation=level).ok
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WALLED, reason="counts in /proc")
+def test_two_hundred_runs_leave_no_process_file_or_folder(monkeypatch):
+    folders, make = [], tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *args, **named: folders.append(make(*args, **named)) or folders[-1])
+    def held(): return len(os.listdir("/proc/self/fd")), len(psutil.Process().children(recursive=True))
+    run_sandboxed("print(1)")
+    before = held()
+    for i in range(200): assert run_sandboxed(f"print({i})" if i % 4 else "raise ValueError").ok == bool(i % 4)
+    assert held() == before and len(folders) > 200 and not any(map(os.path.exists, folders))
 
 
 @pytest.mark.skipif(isolation_level() == "process", reason="without a user of its own, root's processes are not counted")
