@@ -451,6 +451,6 @@ def scale_tabs(scales: dict[str, dict], # scale → its run in words, and val_bp
     for scale, kept in scales.items():
         metrics = [{'step': step, key: value} for key in ('loss', 'val_bpb') for step, value in kept[key]['0']]
         last = max(entry['step'] for entry in metrics)
-        ends = ', '.join(f'{points[-1][1]:.2f}' for points in kept['val_bpb'].values())
+        ends = ', '.join(f'{points[-1][1]:.3f}' for points in kept['val_bpb'].values())
         pages[scale] = board_html(lanes_of(metrics), last, f'{scale}: {kept["run"]}') + f'<p style="margin:.3em 0">The seeds end at {ends} bits per byte.</p>'
     return Tabs(pages, 'one dot, one scale')

@@ -262,7 +262,7 @@ def test_tabs_of_the_scales_show_the_recorded_ends():
         choice.value = scale
         assert view.value == tabs.pages[scale] and view.value in tabs.static()
         assert f'<b>{scale}: {kept["run"]}</b>' in view.value
-        for points in kept['val_bpb'].values(): assert f'{points[-1][1]:.2f}' in view.value
+        for points in kept['val_bpb'].values(): assert f'{points[-1][1]:.3f}' in view.value
 
 
 # --- what was recorded -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a lesson promises: its checks check, its solutions are the library's, its widgets work on paper, and it runs in time."""
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -593,6 +593,21 @@ def test_stored_lesson_is_executed_and_shows_no_error_and_no_machine(path):
     assert sum(bool(c['outputs']) for c in code) > len(code) / 2
     assert not [o for c in code for o in c['outputs'] if o['output_type'] == 'error']
     assert not re.search(r'/home/|/root/|/work/|/tmp/|Traceback', path.read_text())
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
+def test_record_of_the_widgets_is_of_the_lesson_as_it_stands(path):
+    spec = importlib.util.spec_from_file_location('lab_widgets', ROOT / 'benchmarks' / 'lab_widgets.py')
+    spec.loader.exec_module(lab := importlib.util.module_from_spec(spec))
+    rows = json.loads(lab.RECORD.read_text())
+    known = {row['widget'] for row in rows} | {kind.__name__ for kind in lesson.Twin.__subclasses__()}
+    sources = [''.join(c['source']) if c['cell_type'] == 'code' else '' for c in json.loads(path.read_text())['cells']]
+    def widget(i):
+        try: return lab.name_of(sources, i)
+        except (AttributeError, IndexError, SyntaxError): return None   # the cell shows no call
+    shown = [(i, widget(i)) for i in range(len(sources)) if widget(i) in known]
+    assert [(row['cell'], row['widget']) for row in rows if row['lesson'] == path.stem] == shown, f'run benchmarks/lab_widgets.py {path.stem}'
+    assert all(row['good'] for row in rows)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """Tasks on the real published files (where ../shared/data has them) and on hostile input."""
-import json, re
+import ast, json, re
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq
@@ -31,13 +31,14 @@ def test_every_published_row_becomes_a_sound_conversation_once(name, split):
 @pytest.mark.parametrize('name', ['ARC-Easy', 'ARC-Challenge', 'MMLU', 'GSM8K'])
 def test_the_published_answer_is_graded_right_and_others_wrong(name):
     task = load_task(name, 'test', REAL)
-    for conversation in task[:500]:
+    for conversation in task if name == 'GSM8K' else task[:500]:
         answer = tasks.message_text(conversation['messages'][-1]['content'])
         assert task.evaluate(conversation, answer)
         if task.kind == 'categorical':
             assert [task.evaluate(conversation, letter) for letter in conversation['letters']].count(True) == 1
         else:
             assert not task.evaluate(conversation, '#### 987654321') and not task.evaluate(conversation, '')
+            assert task.evaluate(conversation, '#### ' + answer.split('####')[-1].strip().replace(',', ''))
 
 
 @real
@@ -100,13 +101,18 @@ def test_the_calculator_agrees_with_the_marks_of_gsm8k():
 
 
 @real
+@pytest.mark.slow
 def test_humaneval_accepts_every_canonical_solution_and_no_empty_one():
     pytest.importorskip('nanochat.tools')
     task = load_task('HumanEval', 'test', REAL)
-    for conversation in task[:24]:
+    class Forgetful(ast.NodeTransformer):
+        "Every function returns None"
+        def visit_Return(self, node): return ast.Return(ast.Constant(None))
+    for i, conversation in enumerate(task):
         solution = conversation['messages'][-1]['content']
         assert task.evaluate(conversation, solution), conversation['entry_point']
-        assert task.evaluate(conversation, f'Sure:\n```python\n{solution}\n```\nDone.')
+        assert not task.evaluate(conversation, ast.unparse(ast.fix_missing_locations(Forgetful().visit(ast.parse(solution))))), conversation['entry_point']
+        if i < 24: assert task.evaluate(conversation, f'Sure:\n```python\n{solution}\n```\nDone.')
     assert not task.evaluate(task[0], '') and not task.evaluate(task[0], 'import sys\nsys.exit(0)')
     assert not task.evaluate(task[0], 'import os\nos._exit(0)')
 
