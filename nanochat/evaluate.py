@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHATCORE_TASKS', 'BASE_PROMPTS', 'MODELS', 'CHAT_PROMPTS', 'letter_ids', 'prompt_ids', 'last_logits',
-           'choose_letters', 'reply_row', 'reply_losses', 'likeliest', 'choose_replies', 'write_tries', 'write_replies',
-           'standard_error', 'summarize', 'paired_difference', 'pass_at_k', 'pass_curve', 'word_runs', 'found_shares',
-           'leaked', 'gather_lists', 'prompt_and_answer', 'grade', 'grade_tries', 'training_texts', 'overlap',
-           'chatcore', 'reuse_or', 'evaluate_bits', 'evaluate_core', 'check_overlap', 'base_samples', 'chat_samples',
-           'evaluate_base', 'evaluate_chat', 'main']
+           'choose_letters', 'reply_row', 'reply_losses', 'likeliest', 'padded', 'losses_after', 'choose_replies',
+           'write_tries', 'write_replies', 'standard_error', 'summarize', 'paired_difference', 'pass_at_k',
+           'pass_curve', 'word_runs', 'found_shares', 'leaked', 'gather_lists', 'prompt_and_answer', 'grade',
+           'grade_tries', 'training_texts', 'overlap', 'chatcore', 'reuse_or', 'evaluate_bits', 'evaluate_core',
+           'check_overlap', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #d8d04a90
 import json, math, time
@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 
+from .attention import cache_of
 from .checkpoint import load_model
 from .common import Compute, NanochatError, Run, print0, stage
 from .core import bits_per_byte, load_bundle, unigram_bits_per_byte
@@ -110,6 +112,37 @@ def likeliest(
     costs = [sum(each) / (len(each) if mean else 1) for each in losses]
     return costs.index(min(costs))
 
+# %% ../nbs/15_evaluate.ipynb #da2c4e7d
+def padded(
+    rows: list[list[int]],  # token ids
+    pad: int,               # token id that fills the rows
+) -> torch.Tensor:          # (rows, longest)
+    "Rows of one length."
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+
+@torch.no_grad()
+def losses_after(
+    model,                           # a GPT
+    prompts: list[list[int]],        # questions, as token ids
+    replies: list[list[list[int]]],  # possible replies to each, as token ids
+    pad: int,                        # any token: nothing looks at it
+) -> list[list[list[float]]]:        # nats of each token of each reply to each question
+    "What `reply_losses` computes, with every question read once."
+    flat, device = [reply for each in replies for reply in each], model.device
+    asks, says = padded(prompts, pad).to(device), padded(flat, pad).to(device)                        # (B, T), (R, S)
+    wanted = padded(flat, -1).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    owner = torch.tensor([i for i, each in enumerate(replies) for _ in each], device=device)          # (R,) question of each reply
+    cache = model.make_cache(len(prompts), asks.size(1) + says.size(1))
+    hidden = model.hidden(asks, cache)[torch.arange(len(prompts), device=device), lengths - 1]        # (B, C) at each question's end
+    nats = [F.cross_entropy(model.logits(hidden)[owner], says[:, 0], reduction='none')[:, None]]
+    if says.size(1) > 1:
+        copies = cache_of([part[:, owner] for part in cache.parts], lengths[owner])                   # what is held beyond a question is written over
+        nats.append(model(says[:, :-1], wanted[:, 1:], reduction='none', cache=copies).view(len(flat), -1))
+    rows = iter([row[:len(reply)].tolist() for row, reply in zip(torch.cat(nats, 1).cpu(), flat)])
+    return [[next(rows) for _ in each] for each in replies]
+
 # %% ../nbs/15_evaluate.ipynb #b71fa72e
 def choose_replies(
     model,                      # a GPT
@@ -119,12 +152,14 @@ def choose_replies(
     mean: bool = False,         # compare means of the tokens, as CORE does, or sums
 ) -> list[str]:                 # one of its replies for each
     "The reply that the model finds most likely after each question, its end included."
-    end, chosen = tokenizer.special['<|assistant_end|>'], []
-    for first in range(0, len(conversations), batch_size):
-        batch = conversations[first:first + batch_size]
-        rows = [(prompt_ids(tokenizer, each, model.config.sequence_len), tokenizer.encode(reply) + [end]) for each in batch for reply in each['letters']]
-        losses = iter(reply_losses(model, rows, tokenizer.bos))
-        chosen += [each['letters'][likeliest([next(losses) for _ in each['letters']], mean)] for each in batch]
+    end, chosen = tokenizer.special['<|assistant_end|>'], [''] * len(conversations)
+    prompts = [prompt_ids(tokenizer, each, model.config.sequence_len) for each in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(order), batch_size):
+        batch = order[first:first + batch_size]
+        replies = [[tokenizer.encode(reply) + [end] for reply in conversations[i]['letters']] for i in batch]
+        losses = losses_after(model, [prompts[i] for i in batch], replies, tokenizer.bos)
+        for i, each in zip(batch, losses): chosen[i] = conversations[i]['letters'][likeliest(each, mean)]
     return chosen
 
 # %% ../nbs/15_evaluate.ipynb #c6144637
