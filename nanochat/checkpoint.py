@@ -7,7 +7,7 @@ __all__ = ['SAFETENSORS_TYPES', 'NO_FILE', 'tensor_bytes', 'write_tensors', 'rea
            'share_receipts', 'remove_leftovers', 'publish', 'shard_name', 'write_part', 'save_checkpoint',
            'step_folders', 'read_rank_state', 'read_state', 'verify_checkpoint', 'last_checkpoint', 'best_checkpoint',
            'remove_folder', 'remove_old', 'check_tokenizer', 'load_weights', 'load_checkpoint', 'load_model',
-           'describe_checkpoint', 'describe_run', 'main']
+           'load_optimizers', 'describe_checkpoint', 'describe_run', 'main']
 
 # %% ../nbs/08_checkpoint.ipynb #8034e56e
 import argparse, contextlib, hashlib, json, math, os, shutil, sys
@@ -349,6 +349,18 @@ def load_model(
     except TypeError as error: raise NanochatError(f"{path / 'state.json'}: made by another version of the model ({error}); train again") from error
     model = GPT(config, compute_dtype=pick_dtype(device))
     return model.to(device).eval(), tokenizer, load_checkpoint(path, model, verify=False)
+
+# %% ../nbs/08_checkpoint.ipynb #14aa243e
+def load_optimizers(
+    run: Run,
+    stage: str, # base, mid or sft: the one before
+    model, # with the weights of that stage
+    optimizers: list, # of `make_optimizers`: take the state that this process owns
+):
+    "Give new optimizers what those of a stage had in mind at its end; raises `NanochatError` if its checkpoint does not hold it"
+    path = last_checkpoint(run.path(stage), optimizer=True)
+    if path is None: raise NanochatError(f"run '{run.name}': stage {stage} has no whole checkpoint with its optimizers' state; begin without it: warm_start false")
+    load_checkpoint(path, model, optimizers, verify=False)  # the last one has been verified
 
 # %% ../nbs/08_checkpoint.ipynb #89234652
 def describe_checkpoint(

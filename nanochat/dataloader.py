@@ -442,7 +442,7 @@ class ConversationLoader:
     def reset(self):
         "Go back to the first conversation of the first epoch."
         self.cursor, self.pending, self.offset = [0, 0], deque(), 0  # next (epoch, place in its order); rendered but unused; tokens used of the first
-        self.stats = dict(rows=0, tokens=0, supervised=0, dropped=0, skipped_rows=0)
+        self.stats = dict(rows=0, tokens=0, supervised=0, cut=0, dropped=0, skipped_rows=0)
         self._order = (None, None)
 
     def __iter__(self): return self
@@ -461,13 +461,13 @@ def order(self: ConversationLoader,
     return self._order[1]
 
 @patch
-def _render(self: ConversationLoader, epoch: int, position: int) -> tuple | None:
-    "The place, ids and flags of one conversation, cut to what fits; None if no token of it would be learned."
+def _render(self: ConversationLoader, epoch: int, position: int) -> tuple[tuple | None, bool]:
+    "The place, ids and flags of one conversation, cut to what fits, or None if no token of it would be learned; and whether it was cut."
     index = self.order(epoch)[position]
     try: ids, flags = self.tokenizer.render_conversation(self.conversations[index], max_tokens=sys.maxsize)
     except NanochatError as error: raise NanochatError(f"conversation {index} of the mixture: {error}") from None
     row = crop_row(ids, flags if self.mask else [1]*len(ids), self.max_tokens)
-    return row and ([epoch, position], *row)
+    return row and ([epoch, position], *row), len(ids) > self.max_tokens
 
 @patch
 def _pull(self: ConversationLoader) -> bool:  # False when the epochs are over
@@ -475,7 +475,8 @@ def _pull(self: ConversationLoader) -> bool:  # False when the epochs are over
     start = tuple(self.cursor)
     while self.epochs is None or self.cursor[0] < self.epochs:
         epoch, position = self.cursor
-        piece = self._render(epoch, position)
+        piece, cut = self._render(epoch, position)
+        self.stats['cut'] += cut
         self.cursor = [epoch, position + 1] if position + 1 < len(self.conversations) else [epoch + 1, 0]
         if piece: self.pending.append(piece); return True
         self.stats['dropped'] += 1
@@ -570,11 +571,11 @@ def load_state_dict(self: ConversationLoader,
     mine = dict(kind='conversations', seed=self.seed, packing=self.packing, mask=self.mask, size=len(self.conversations), sequence_len=self.sequence_len)
     different = [key for key, value in mine.items() if state.get(key) != value]
     if different: raise NanochatError(f"this loader state differs in {different[0]} ({state.get(different[0])!r}, now {mine[different[0]]!r}); continue with the same options and data, or start a new run")
-    self.cursor, self.offset, self.stats = list(state['cursor']), state['offset'], dict(state['stats'])
-    self.pending = deque(self._render(*place) for place in state['pending'])
+    self.cursor, self.offset, self.stats = list(state['cursor']), state['offset'], self.stats | state['stats']
+    self.pending = deque(self._render(*place)[0] for place in state['pending'])
 
 @patch
-def count(self: ConversationLoader) -> dict:  # rows, tokens, supervised, dropped, skipped_rows, batches (global)
+def count(self: ConversationLoader) -> dict:  # rows, tokens, supervised, cut, dropped, skipped_rows, batches (global)
     "What one epoch holds, found by packing it once on the side."
     dry = ConversationLoader.__new__(ConversationLoader)
     dry.__dict__.update(self.__dict__, epochs=1)

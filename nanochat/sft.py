@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .checkpoint import load_model
+from .checkpoint import load_model, load_optimizers
 from .common import Compute, Run, print0, stage
 from .dataloader import ConversationLoader
 from .muon import lr_multiplier, make_optimizers
@@ -38,13 +38,15 @@ def main(run: Run, compute: Compute, *,
          mixture: dict = SFT, # conversations of each task: rows, or a mapping with rows and times
          quiz: str = "letter", # how multiple choice questions are answered: letter or line
          batch_size: int = 4, # rows of one micro-batch of one process
-         examples_per_step: int = 32, # conversations of one optimizer step, over all processes
+         examples_per_step: int = 32, # rows of one optimizer step, over all processes
+         packing: str = "padded", # padded: one conversation a row; best_fit: several, as many as fit
          steps: int = 0, # optimizer steps, 0: the whole mixture once
          sequence_len: int = 0, # tokens in a row, 0: the model's; longer conversations are cut
          matrix_lr: float = 0.02, # learning rate of Muon
          embedding_lr: float = 0.2, # learning rate of the token embedding, at width 768
          unembedding_lr: float = 0.004, # learning rate of the output layer, at width 768
          lr_scale: float = 0.02, # all three are multiplied by this
+         warm_start: bool = False, # begin with what the optimizers of midtraining had in mind
          eval_every: int = 100, # steps between measurements
          eval_batches: int = 100, # micro-batches of each
          save_every: int = 500, # steps between checkpoints
@@ -58,15 +60,17 @@ def main(run: Run, compute: Compute, *,
     model.compute_dtype, T = compute.dtype, sequence_len or model.config.sequence_len
     batch_size, micro_batches = share_rows(examples_per_step, batch_size, compute.world_size)
     conversations = sft_mixture(run.data_root, mixture, seed, quiz)
-    def loader(rows, epochs): return ConversationLoader(rows, tokenizer, batch_size, T, compute.rank, compute.world_size, packing="padded", mask=True,
-                                                        epochs=epochs, seed=seed, device=compute.device)
+    def loader(rows, epochs, packing="padded"): return ConversationLoader(rows, tokenizer, batch_size, T, compute.rank, compute.world_size, packing=packing, mask=True,
+                                                                          epochs=epochs, seed=seed, device=compute.device)
     held_out = load_task("SmolTalk", "test", run.data_root)
     print0(f"sft: {conversations}")
-    training = loader(conversations, None if steps else 1)
+    training = loader(conversations, None if steps else 1, packing)
     def evaluate(step): return dict(val_loss=mean_loss(model, loader(held_out, 1), compute, eval_batches))
-    trainer = Trainer(model, make_optimizers(model, matrix_lr * lr_scale, embedding_lr * lr_scale, unembedding_lr * lr_scale), training, run, compute, "sft",
+    optimizers = make_optimizers(model, matrix_lr * lr_scale, embedding_lr * lr_scale, unembedding_lr * lr_scale)
+    if warm_start: load_optimizers(run, "mid", model, optimizers)
+    trainer = Trainer(model, optimizers, training, run, compute, "sft",
                       tokenizer, steps or None, 0.0, micro_batches, partial(lr_multiplier, warmdown=1.0), evaluate, eval_every, save_every, compile=compile)
-    return trainer.fit() | dict(conversations=conversations.counts, dropped=training.stats["dropped"])
+    return trainer.fit() | dict(conversations=conversations.counts, cut=training.stats["cut"], dropped=training.stats["dropped"])
 
 # %% ../nbs/17_sft.ipynb #18abd000
 #| eval: false
