@@ -213,7 +213,7 @@ def sparkline(
     return ''.join('▁▂▃▄▅▆▇█'[min(7, int(8 * (v - low) / (high - low)))] if high > low else '▄' for v in values)
 
 # %% ../nbs/19_report.ipynb #feaca38d
-CURVES = {'loss': 'training loss (nats a token)', 'val_bpb': 'validation bits per byte', 'val_loss': 'validation loss (nats a token)',
+CURVES = {'loss': 'training loss (nats a token)', 'val_bpb': 'validation bits per byte', 'text_bpb': 'bits per byte of plain text', 'val_loss': 'validation loss (nats a token)',
           'reward': 'mean reward', 'informative': 'share of groups that teach', 'length': 'tokens of a try', 'solved': 'problems solved', 'entropy': 'surprise of a chosen token (nats)', 'kl': 'distance from the first weights (nats a token)',
           'clipped': 'share of tokens clipped', 'replaced': 'problems replaced', 'lr': 'learning rates, of their highest', 'grad_norm': 'length of the gradient',
           'tok_per_sec': 'tokens a second', 'mfu': 'model FLOPs utilisation'}
@@ -576,7 +576,7 @@ def overlay(
 ):                      # a figure; None without measurements
     "How a stage went in several runs, over tokens and over seconds of training."
     import matplotlib.pyplot as plt
-    lines = {name: [(records['name'], records['metrics'].get(stage, [])) for records in many] for name in ('loss', 'val_bpb', 'val_loss', 'reward', 'solved')}
+    lines = {name: [(records['name'], records['metrics'].get(stage, [])) for records in many] for name in ('loss', 'val_bpb', 'text_bpb', 'val_loss', 'reward', 'solved')}
     lines = {name: each for name, each in lines.items() if any(course(metrics, name, 'tokens') for _, metrics in each)}
     if not lines: return None
     fig, grid = plt.subplots(len(lines), 2, figsize=(9, 2.6 * len(lines)), sharey='row', squeeze=False, layout='constrained')
