@@ -352,7 +352,7 @@ def fit(self: Trainer) -> dict: # what goes into the stage's record
         if self.step == self.started + 5: self.warm_time, self.warm_step, self.warm_tokens = time.time(), self.step, self.tokens
         self.report_line(loss, scale)
         if self.num_steps is None and self.minutes and self.step == self.started + 15: self.choose_steps()
-    self.measure()
+    if self.measured != self.step: self.measure()
     self.checkpoint()
     return dict(steps=self.step, tokens=self.tokens, loss=round(self.smooth or 0.0, 5), train_seconds=round(self.seconds, 1),
                 memory_gb=round(memory_gb(self.compute.device), 2), params=self.model.num_params(), flops=self.tokens * self.model.flops_per_token(),
