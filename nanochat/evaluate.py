@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['CHATCORE_TASKS', 'BASE_PROMPTS', 'MODELS', 'CHAT_PROMPTS', 'letter_ids', 'prompt_ids', 'last_logits',
-           'choose_letters', 'reply_row', 'reply_losses', 'likeliest', 'padded', 'losses_after', 'choose_replies',
-           'write_tries', 'write_replies', 'standard_error', 'summarize', 'paired_difference', 'pass_at_k',
-           'pass_curve', 'word_runs', 'found_shares', 'leaked', 'gather_lists', 'prompt_and_answer', 'grade',
-           'grade_tries', 'training_texts', 'overlap', 'chatcore', 'reuse_or', 'evaluate_bits', 'evaluate_core',
-           'check_overlap', 'base_samples', 'chat_samples', 'evaluate_base', 'evaluate_chat', 'main']
+           'choose_letters', 'reply_row', 'reply_losses', 'likeliest', 'choose_replies', 'write_tries', 'write_replies',
+           'standard_error', 'summarize', 'paired_difference', 'pass_at_k', 'pass_curve', 'word_runs', 'found_shares',
+           'leaked', 'gather_lists', 'prompt_and_answer', 'grade', 'grade_tries', 'training_texts', 'overlap',
+           'chatcore', 'reuse_or', 'evaluate_bits', 'evaluate_core', 'check_overlap', 'base_samples', 'chat_samples',
+           'evaluate_base', 'evaluate_chat', 'main']
 
 # %% ../nbs/15_evaluate.ipynb #d8d04a90
-import json, math, time
+import json, math, sys, time
 from collections.abc import Iterator
 from itertools import islice
 
 import torch
-import torch.nn.functional as F
 
-from .attention import cache_of
 from .checkpoint import load_model
 from .common import Compute, NanochatError, Run, print0, stage
-from .core import bits_per_byte, load_bundle, unigram_bits_per_byte
+from .core import Row, bits_per_byte, load_bundle, score_items, unigram_bits_per_byte
 from .core import evaluate_task as evaluate_core_task
 from .dataloader import DocumentLoader
 from .dataset import corpus_documents, corpus_sources, find_bundle
@@ -112,37 +110,6 @@ def likeliest(
     costs = [sum(each) / (len(each) if mean else 1) for each in losses]
     return costs.index(min(costs))
 
-# %% ../nbs/15_evaluate.ipynb #da2c4e7d
-def padded(
-    rows: list[list[int]],  # token ids
-    pad: int,               # token id that fills the rows
-) -> torch.Tensor:          # (rows, longest)
-    "Rows of one length."
-    longest = max(map(len, rows))
-    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-
-@torch.no_grad()
-def losses_after(
-    model,                           # a GPT
-    prompts: list[list[int]],        # questions, as token ids
-    replies: list[list[list[int]]],  # possible replies to each, as token ids
-    pad: int,                        # any token: nothing looks at it
-) -> list[list[list[float]]]:        # nats of each token of each reply to each question
-    "What `reply_losses` computes, with every question read once."
-    flat, device = [reply for each in replies for reply in each], model.device
-    asks, says = padded(prompts, pad).to(device), padded(flat, pad).to(device)                        # (B, T), (R, S)
-    wanted = padded(flat, -1).to(device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    owner = torch.tensor([i for i, each in enumerate(replies) for _ in each], device=device)          # (R,) question of each reply
-    cache = model.make_cache(len(prompts), asks.size(1) + says.size(1))
-    hidden = model.hidden(asks, cache)[torch.arange(len(prompts), device=device), lengths - 1]        # (B, C) at each question's end
-    nats = [F.cross_entropy(model.logits(hidden)[owner], says[:, 0], reduction='none')[:, None]]
-    if says.size(1) > 1:
-        copies = cache_of([part[:, owner] for part in cache.parts], lengths[owner])                   # what is held beyond a question is written over
-        nats.append(model(says[:, :-1], wanted[:, 1:], reduction='none', cache=copies).view(len(flat), -1))
-    rows = iter([row[:len(reply)].tolist() for row, reply in zip(torch.cat(nats, 1).cpu(), flat)])
-    return [[next(rows) for _ in each] for each in replies]
-
 # %% ../nbs/15_evaluate.ipynb #b71fa72e
 def choose_replies(
     model,                      # a GPT
@@ -158,8 +125,10 @@ def choose_replies(
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
         replies = [[tokenizer.encode(reply) + [end] for reply in conversations[i]['letters']] for i in batch]
-        losses = losses_after(model, [prompts[i] for i in batch], replies, tokenizer.bos)
-        for i, each in zip(batch, losses): chosen[i] = conversations[i]['letters'][likeliest(each, mean)]
+        rows = [[Row(prompts[i] + reply, len(prompts[i]), len(prompts[i] + reply)) for reply in each] for i, each in zip(batch, replies)]
+        scores = score_items(model, rows, tokenizer.bos, model.device, tokens=sys.maxsize)
+        for i, each, scored in zip(batch, replies, scores):
+            chosen[i] = conversations[i]['letters'][likeliest([[nats] * len(reply) for reply, (nats, _) in zip(each, scored)], mean)]
     return chosen
 
 # %% ../nbs/15_evaluate.ipynb #c6144637
