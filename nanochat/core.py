@@ -6,7 +6,8 @@
 __all__ = ['FIELDS', 'SHOTS', 'TEMPLATES', 'WORTH_SHARING', 'take_batches', 'count_bytes', 'bits_per_byte',
            'unigram_bits_per_byte', 'centered', 'CoreTask', 'load_bundle', 'load_items', 'draw_shots', 'render_prompts',
            'common_length', 'Row', 'tokenize_prompts', 'pad_rows', 'score_spans', 'score_rows', 'shared_start',
-           'score_shared', 'pack_items', 'score_items', 'is_right', 'evaluate_task', 'evaluate_core', 'core_csv']
+           'score_shared', 'pack_items', 'score_items', 'is_right', 'wilson', 'evaluate_task', 'evaluate_core',
+           'core_csv']
 
 # %% ../nbs/10_core.ipynb #deae1e3a
 import csv
@@ -328,6 +329,16 @@ def is_right(
     losses = [loss for loss, _ in scores]
     return losses.index(min(losses)) == item['gold']
 
+# %% ../nbs/10_core.ipynb #2f65705b
+def wilson(
+    accuracy: float,   # 0 to 1, as measured
+    n: int,            # items
+    z: float = 1.96,   # standard errors to either side: 95%
+) -> tuple[float, float]:  # 0 to 1
+    "The rates that would make this accuracy no surprise (Wilson 1927)."
+    middle, spread = accuracy + z*z/(2*n), z*math.sqrt(accuracy*(1 - accuracy)/n + z*z/(4*n*n))
+    return max(0.0, (middle - spread)/(1 + z*z/n)), min(1.0, (middle + spread)/(1 + z*z/n))
+
 # %% ../nbs/10_core.ipynb #44208f8d
 def evaluate_task(
     model,
@@ -338,7 +349,7 @@ def evaluate_task(
     tokens: int = 8192,          # of one forward pass, padding included
     max_len: int | None = None,  # tokens; rows are cut to this from the left; None: what the model's rotary tables allow, 10·T
     share: bool = True,          # read the shared start of an item's rows once
-) -> dict:  # accuracy (0 to 1), centered, n (items asked), baseline (percent), kind, shots, seconds
+) -> dict:  # accuracy (0 to 1), interval (95%), centered, n (items asked), baseline (percent), kind, shots, seconds
     "Accuracy of a model on one task; processes share the items by stride."
     started, items = time.time(), load_items(task)
     asked = range(compute.rank, min(max_per_task, len(items)) if max_per_task > 0 else len(items), compute.world_size)
@@ -350,7 +361,7 @@ def evaluate_task(
         scores = score_items(model, rows, tokenizer.bos, compute.device, tokens, share, max_len)
         total += torch.tensor([sum(is_right(task.kind, s, items[i]) for s, i in zip(scores, part)), len(part)], device=compute.device)
     right, n = compute.all_reduce(total).tolist()
-    return dict(accuracy=right/n, centered=centered(right/n, task.baseline), n=int(n), baseline=task.baseline,
+    return dict(accuracy=right/n, interval=[round(end, 4) for end in wilson(right/n, int(n))], centered=centered(right/n, task.baseline), n=int(n), baseline=task.baseline,
                 kind=task.kind, shots=task.num_fewshot, seconds=round(time.time() - started, 2))
 
 # %% ../nbs/10_core.ipynb #2debdbc9

@@ -17,6 +17,7 @@ import html, json, math, re
 from pathlib import Path
 
 from .common import Compute, NanochatError, Run, print0, profiles_dir, stage, write_atomic
+from .core import wilson
 from .evaluate import paired_difference
 from .tokenizer import compression_table
 
@@ -156,8 +157,9 @@ def score_table(
     "The table of the scores, with columns for the published ones if any can be compared."
     beside = {measure: published(records, measure) for measure in scores(records)}
     columns = [f'd20 {stage.upper()}' for stage in MODELS] if any(beside.values()) else []
-    rows = [[measure] + [show_score(row.get(stage)) for stage in MODELS] + (published_cells(beside[measure]) if columns else []) for measure, row in scores(records).items()]
-    return ['measure', *(stage.upper() for stage in MODELS), *columns], rows
+    chance = {e['task']: f"{e['baseline']:g}" for stage in MODELS for e in graded(records, stage).values()} | dict(CORE='0', ChatCORE='0')
+    rows = [[measure, chance.get(measure, '')] + [show_score(row.get(stage)) for stage in MODELS] + (published_cells(beside[measure]) if columns else []) for measure, row in scores(records).items()]
+    return ['measure', 'guessing', *(stage.upper() for stage in MODELS), *columns], rows
 
 # %% ../nbs/19_report.ipynb #5a0a99e6
 def round_ticks(
@@ -427,14 +429,14 @@ def score_blocks(records: dict) -> list[tuple]:
     if not rows: return blocks + [('text', 'Nothing has been graded yet.')]
     chat = sorted({task for stage in MODELS for task in graded(records, stage)})
     blocks.append(('table', header, rows))
-    blocks.append(('text', 'Accuracies are between 0 and 1, with one standard error. CORE and ChatCORE are means of centred accuracies: 0 is guessing, 1 is perfect. '
+    blocks.append(('text', 'Accuracies are between 0 and 1, with one standard error; guessing is what chance alone would score. CORE and ChatCORE are means of centred accuracies: 0 is guessing, 1 is perfect. '
                            + (f"ChatCORE here is the mean of {', '.join(chat)}. " if chat else '')
-                           + ('Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).' if len(header) > 5 else '')))
+                           + ('Columns that begin with d20 are the published scores of the depth 20 model (3 h 51 min on 8 H100, without RL).' if len(header) > 6 else '')))
     blocks += exam_blocks(records)
     if is_kindergarten(records): blocks.append(('fold', "The reference system's published d20 scores, on the real tasks", [('text', 'The tasks of the kindergarten share names and format with the real ones, and ask about another world: these numbers are not to be compared.'),
                                                 ('table', ['measure', *(stage.upper() for stage in MODELS)], [[measure, *published_cells(row)] for measure, row in PUBLISHED_D20.items()])]))
     core = records['evals'].get('base_CORE', {}).get('tasks')
-    if core: blocks.append(('fold', f'The {len(core)} tasks of CORE', [('table', ['task', 'accuracy', 'guessing', 'centred', 'items'], [[name, f"{t['accuracy']:.4f}", f"{t['baseline'] / 100:.3f}", f"{t['centered']:.4f}", f"{t['n']:,}"] for name, t in core.items()])]))
+    if core: blocks.append(('fold', f'The {len(core)} tasks of CORE', [('table', ['task', 'accuracy', '95% interval', 'guessing', 'centred', 'items'], [[name, f"{t['accuracy']:.4f}", '{:.3f} to {:.3f}'.format(*wilson(t['accuracy'], t['n'])), f"{t['baseline'] / 100:.3f}", show_score(mean_centered({name: t}, percent=True)), f"{t['n']:,}"] for name, t in core.items()])]))
     return blocks
 
 # %% ../nbs/19_report.ipynb #3cc948ed
@@ -599,7 +601,7 @@ STYLE = '''
 body{margin:0 auto;padding:1.5rem;max-width:72rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.7rem;margin:.2em 0 .6em}h2{margin-top:2em;border-bottom:1px solid var(--edge);padding-bottom:.2em}h3{margin:1.6em 0 .4em}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-p{max-width:50rem}th,td{text-align:left;padding:.3em .7em;border-bottom:1px solid var(--edge);vertical-align:top}th{color:var(--soft);font-weight:600}
+p{max-width:50rem}th,td{text-align:left;padding:.3em .5em;border-bottom:1px solid var(--edge);vertical-align:top}th{color:var(--soft);font-weight:600}
 td:first-child{color:var(--soft)}td{white-space:nowrap}.pair td{white-space:normal;overflow-wrap:anywhere}.pair td:first-child{min-width:6rem}
 pre{background:var(--panel);border:1px solid var(--edge);border-radius:6px;padding:.6em .9em;margin:.2em 0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.85rem}
 figure{margin:.5em 0}figcaption{color:var(--soft);font-size:.8rem}details{margin:.5em 0}summary{cursor:pointer;color:var(--line)}

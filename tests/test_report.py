@@ -229,10 +229,10 @@ def test_badges_need_two_standard_errors(run):
 def test_published_chatcore_stands_only_beside_the_same_five_tasks(run):
     fill(run)
     row = lambda: next(r for r in report.score_table(report.read_records(run))[1] if r[0] == 'ChatCORE')
-    assert row()[5:] == [''] * 4
+    assert row()[6:] == [''] * 4
     for stage, task in itertools.product(('mid', 'sft', 'rl'), ('ARC-Challenge', 'HumanEval', 'MMLU')):
         run.write_json({**run.read_json('evals', f'{stage}_GSM8K.json'), 'task': task}, 'evals', f'{stage}_{task}.json')
-    assert row()[6:8] == ['0.0730', '0.0884']
+    assert row()[7:9] == ['0.0730', '0.0884']
 
 
 def test_the_stage_runs_again_although_it_is_complete(run):
@@ -253,7 +253,7 @@ def test_the_little_worlds_scores_never_stand_beside_published_ones(run):
     run.write_json({**record, 'options': dict(data='kindergarten')}, 'stages', 'dataset.json')
     report.write_report(run)
     header, _ = report.score_table(report.read_records(run))
-    assert header == ['measure', 'BASE', 'MID', 'SFT', 'RL']
+    assert header == ['measure', 'guessing', 'BASE', 'MID', 'SFT', 'RL']
     assert not [badge for badge in report.write_report(run)['badges'] if 'GPT-2' in badge]
     assert 'not to be compared' in run.path('report.md').read_text()
 
