@@ -10,9 +10,10 @@ __all__ = ['STAGES', 'PUBLISHED_ROWS', 'ACTIVATION', 'PROCESS', 'TOKENS_A_ROW', 
            'data_place', 'Ready', 'stand_in_tokenizer', 'walk', 'try_step', 'optimizer_bytes', 'memory_parts', 'Plan',
            'mixture_tokens', 'count_steps', 'plan_training', 'written', 'plan_evaluation', 'hub_shards', 'characters',
            'missing_files', 'plan_data', 'plan_run', 'Machine', 'profile_machine', 'best_seconds', 'matmul_flops',
-           'measure_model', 'free_disk', 'free_memory', 'this_machine', 'Estimate', 'show_minutes', 'estimate_rows',
-           'check_memory', 'check_disk', 'check_shards', 'check_processes', 'check_trainer', 'meet', 'missing_ranks',
-           'check_group', 'check_hub', 'check_folder', 'check_folders', 'plan_goals', 'note_estimate', 'preflight']
+           'measure_model', 'compiled_folder', 'free_disk', 'free_memory', 'this_machine', 'Estimate', 'show_minutes',
+           'estimate_rows', 'check_memory', 'check_disk', 'check_shards', 'check_processes', 'check_trainer', 'meet',
+           'missing_ranks', 'check_group', 'check_hub', 'check_folder', 'check_folders', 'plan_goals', 'note_estimate',
+           'preflight']
 
 # %% ../nbs/23_preflight.ipynb #4477a56c
 import contextlib, importlib, io, math, os, shutil, sys, time, warnings
@@ -389,6 +390,10 @@ def measure_model(
 # %% ../nbs/23_preflight.ipynb #094e4fcb
 MATMUL_SHARE = dict(cuda=0.6, cpu=0.25) # training comes to so much of the speed of bare products
 
+def compiled_folder() -> Path:
+    "Where what torch.compile made is kept"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or home() / "compiled")
+
 def free_disk() -> float: # bytes
     "Space where runs are kept"
     folder = next(path for path in (home(), *home().parents) if path.exists())
@@ -417,7 +422,7 @@ def this_machine(
     if kind == "cpu" and operations / bare < 1:
         step, column = measure_model(base, device, dtype)
         flops, how = operations / step * EAGER, f"steps of the model at {operations / step / 1e12:.3g} TFLOP/s"
-    warm = any((home() / "compiled").glob("*"))
+    warm = any(compiled_folder().glob("*"))
     memory, tightest = free_memory(kind, nproc)
     return Machine(f"this machine: measured {how}", flops, column, 3.0 if warm else COMPILE[kind] * layers, memory, free_disk(), hourly, tightest)
 
@@ -589,8 +594,7 @@ def check_folders(run: str, data: Plan) -> None: # data: of the dataset stage
     check_folder(home() / "runs" / run)
     root, complete = data_place(data.options)
     if not (complete or data.done): check_folder(root)
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    check_folder(Path(compiled or home() / "compiled"), "TORCHINDUCTOR_CACHE_DIR" if compiled else "NANOCHAT_HOME")
+    check_folder(compiled_folder(), "TORCHINDUCTOR_CACHE_DIR" if os.environ.get("TORCHINDUCTOR_CACHE_DIR") else "NANOCHAT_HOME")
 
 # %% ../nbs/23_preflight.ipynb #0e64ccff
 GOALS = dict(d20="speedrun", d26="d26", d30="d30") # published models → their profiles
@@ -616,10 +620,10 @@ def note_estimate(
     layers: int, # L of its model
     nproc: int, # processes, over all machines
 ) -> None:
-    "Note in run.json what each stage that is still to come should take, in seconds, and the price: the report compares"
+    "Note in run.json what each stage that is still to come should take, in seconds from where its own clock begins, and the price: the report compares"
     run = Run.create(name, profile=estimate.profile)
     begun = [path.stem for path in run.path("stages").glob("*.seconds")] # and stopped: what was said before stays
-    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done and plan.stage not in begun},
+    run.update_info(estimate=run.info.get("estimate", {}) | {plan.stage: round(seconds - START, 1) for plan, seconds in zip(estimate.plans, estimate.seconds) if not plan.done and plan.stage not in begun},
                     goals=run.info.get("goals") or plan_goals(estimate.machine, layers, nproc), **(dict(hourly_usd=estimate.machine.hourly) if estimate.machine.hourly else {}))
 
 # %% ../nbs/23_preflight.ipynb #0e251cbd
