@@ -8,10 +8,10 @@ __all__ = ['CORPORA', 'TASK_FILES', 'EXTRA_FILES', 'PAUSES', 'FORMATS', 'COMPRES
            'verify_files', 'Corpus', 'shard_names', 'pin_val_shard', 'repo_files', 'find_bundle', 'folder_root',
            'split_files', 'hub_listing', 'hub_file', 'with_retries', 'have_file', 'wanted_files', 'download',
            'DownloadProgress', 'download_extra', 'made_once', 'make_kindergarten', 'file_format', 'text_documents',
-           'pick_column', 'jsonl_documents', 'parquet_column', 'file_documents', 'text_digest', 'write_shards',
-           'own_shards', 'split_of', 'choose_files', 'find_corpus', 'corpus_here', 'hub_names', 'make_hub_mirror',
-           'parse_mixture', 'Source', 'open_corpus', 'corpus_sources', 'corpus_files', 'corpus_documents', 'count_text',
-           'add_counts', 'main']
+           'pick_column', 'json_rows', 'jsonl_documents', 'parquet_column', 'file_documents', 'text_digest',
+           'write_shards', 'own_shards', 'split_of', 'choose_files', 'find_corpus', 'corpus_here', 'hub_names',
+           'make_hub_mirror', 'parse_mixture', 'Source', 'open_corpus', 'corpus_sources', 'corpus_files',
+           'corpus_documents', 'count_text', 'add_counts', 'main']
 
 # %% ../nbs/03_dataset.ipynb #92e36e80
 import fcntl
@@ -438,7 +438,7 @@ def make_kindergarten(
     return made_once(root, lambda part: make_world_root(part, people=people, seed=seed, documents=documents))
 
 # %% ../nbs/03_dataset.ipynb #cc8aeac3
-FORMATS = {'.parquet': 'parquet', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.txt': 'text', '.md': 'text'}  # by the end of the file's name
+FORMATS = {'.parquet': 'parquet', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.json': 'jsonl', '.txt': 'text', '.md': 'text'}  # by the end of the file's name
 COMPRESSED = ('.gz', '.zst', '.bz2')  # which may follow, except behind .parquet
 COLUMNS = ('text', 'content', 'document', 'body')  # names that people give to the column of the texts
 
@@ -477,21 +477,31 @@ def pick_column(
     raise NanochatError(f"{where} has no text column {wanted or COLUMNS[0]!r} but {', '.join(columns) or 'no strings at all'}; name it with --column")
 
 # %% ../nbs/03_dataset.ipynb #3eca7488
+def json_rows(
+    lines: Iterator[str],  # blank ones are skipped
+    where: Path,           # the file, named in messages
+) -> Iterator[tuple[str, object]]:  # its place in words, and the row
+    "The rows of JSON lines, or of one array, which is read whole; raises `NanochatError` for what is not JSON."
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    for number, line in filled:
+        array = number if line.lstrip().startswith('[') else 0
+        try: row = json.loads(line + ''.join(rest for _, rest in filled) if array else line)
+        except ValueError: raise NanochatError(f"{where}{'' if array else f', line {number},'} is not JSON; mend {'the file' if array else 'or remove the line'}") from None
+        if array: yield from ((f'{where}, row {i},', each) for i, each in enumerate(row, 1))
+        else: yield f'{where}, line {number},', row
+
 def jsonl_documents(
     lines: Iterator[str],  # blank ones are skipped
     wanted: str,           # column of the texts; '': found by its name in the first mapping
     where: Path,           # the file, named in messages
 ) -> Iterator[str]:
-    "The texts of JSON lines: strings, or mappings with a text in one of their entries, the same in all lines; a null is an empty document. Raises `NanochatError` for a line that is neither."
+    "The texts of JSON lines, or of one JSON array: strings, or mappings with a text in one of their entries, the same in all lines; a null is an empty document. Raises `NanochatError` for a line that is neither."
     column = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError: raise NanochatError(f"{where}, line {number}, is not JSON; mend or remove the line") from None
+    for place, row in json_rows(lines, where):
         if isinstance(row, dict):
-            column = column or pick_column([key for key, value in row.items() if isinstance(value, str) or key in (wanted, *COLUMNS)], wanted, f'{where}, line {number},')
+            column = column or pick_column([key for key, value in row.items() if isinstance(value, str) or key in (wanted, *COLUMNS)], wanted, place)
             row = row.get(column) or ''
-        if not isinstance(row, str): raise NanochatError(f"{where}, line {number}, holds no text; give one mapping or one string a line")
+        if not isinstance(row, str): raise NanochatError(f"{place} holds no text; give one mapping or one string a line")
         yield row
 
 # %% ../nbs/03_dataset.ipynb #aacd9a52
@@ -561,8 +571,8 @@ def own_shards(
 def split_of(
     path: PurePosixPath,  # relative to the corpus
 ) -> str:  # train, val, test, or '' where the name does not say
-    "The split that a folder or the file itself is named after, as in data/train/000.parquet or test-00000.jsonl."
-    found = [re.match(r'(train|val|dev|test)(ing|id|idation)?([-_.0-9]|$)', part.lower()) for part in path.parts]
+    "The split that a folder or the file itself is named after, as in data/train/000.parquet, test-00000.jsonl or c4-validation.00000-of-00008.json.gz."
+    found = [re.match(r'(?:.*[-_.](?=[a-z]+[-_.]\d))?(train|val|dev|test)(ing|id|idation)?([-_.0-9]|$)', part.lower()) for part in path.parts]
     words = [match[1] for match in found if match]
     return words[-1].replace('dev', 'val') if words else ''
 
@@ -572,6 +582,7 @@ def choose_files(paths: list[PurePosixPath],  # relative to the corpus
     "The files to use of those that are there: the training ones, and last of all one for validation."
     texts = sorted(path for path in paths if file_format(path) and not any(part.startswith('.') for part in path.parts) and 'readme' not in path.name.lower())
     if parquet: texts = [path for path in texts if file_format(path) == 'parquet'] or texts
+    texts = [path for path in texts if '.json' not in path.suffixes] or texts  # beside other files, .json is a setting rather than a text
     train, val = ([path for path in texts if split_of(path) == word] for word in ('train', 'val'))
     return train + val[:1] if train else [path for path in texts if split_of(path) != 'test']
 
@@ -583,7 +594,10 @@ def find_corpus(
     if name in CORPORA: return CORPORA[name]
     if Path(name).expanduser().exists(): return Corpus(str(Path(name).expanduser().resolve()))
     parts = name.split('/')
-    if len(parts) > 1 and all(parts) and parts[0][0] not in '.~': return Corpus('/'.join(parts[:2]), '/'.join([*parts[2:], '*']))
+    fixed = next((i for i, part in enumerate(parts) if '*' in part), len(parts))  # from where on it is a pattern
+    folder = Path('/'.join(parts[:fixed]) or '.').expanduser()
+    if fixed < len(parts) and folder.is_dir(): return Corpus(str(folder.resolve()), '/'.join(parts[fixed:]))
+    if fixed > 1 and all(parts) and parts[0][0] not in '.~': return Corpus('/'.join(parts[:2]), '/'.join([*parts[2:], *['*'][:fixed == len(parts)]]))
     raise NanochatError(f"unknown corpus {name!r}; give {', '.join(CORPORA)}, a folder that exists, or owner/name of the hub")
 
 def corpus_here(
@@ -598,7 +612,7 @@ def corpus_here(
     found = choose_files(inside, parquet=not own)
     if own and (left := sorted(set(inside) - set(found))): print0(f"{folder.name}: {len(found)} files used, {len(left)} not, as {left[0]}")
     if found: return [folder/path for path in found]
-    if own: raise NanochatError(f"{corpus.repo} holds no text; files must end in {', '.join(FORMATS)}, the last four also in {', '.join(COMPRESSED)}")
+    if own: raise NanochatError(f"{corpus.repo} holds no text; files must end in {', '.join(FORMATS)}, all but the first also in {', '.join(COMPRESSED)}")
     raise NanochatError(f"no {corpus.pattern} under {corpus.repo} in the data root {root}; run the dataset stage again, or point --data at a folder that has it")
 
 # %% ../nbs/03_dataset.ipynb #7504f868

@@ -288,6 +288,7 @@ def test_text_of_ones_own_is_all_there_and_held_out_by_its_digest(root, tmp_path
 @pytest.mark.parametrize('name, content, says', [
     ('a.jsonl', b'{"text": "x"}\nnot json\n', 'a.jsonl, line 2, is not JSON'), ('a.jsonl', b'{"n": 1}\n', "line 1, has no text column 'text' but no strings"),
     ('a.jsonl', b'{"a": "x", "b": "y"}\n', "no text column 'text' but a, b; name it with --column"), ('a.txt', b'caf\xe9\n', 'a.txt is not UTF-8'),
+    ('a.json', b'[{"text": "x"},', 'a.json is not JSON; mend the file'), ('a.json', b'{\n "text": "x"\n}', 'a.json, line 1, is not JSON'), ('a.json', b'[{"text": "x"}, 3]', 'a.json, row 2, holds no text'),
     ('a.jsonl.gz', b'no gzip', 'a.jsonl.gz cannot be read'), ('a.txt', b'one document', 'too few'), ('a.png', b'x', 'holds no text; files must end in .parquet'), ('a.parquet', b'PAR1', 'truncated or not parquet')])
 def test_bad_text_of_ones_own_is_one_line(root, tmp_path, name, content, says):
     (tmp_path/'mine').mkdir()
@@ -561,3 +562,15 @@ def test_real_shards_are_found_read_and_packed(tmp_path, monkeypatch):
     again = DocumentLoader(corpus_files(run), ByteTokenizer(), 8, 256)
     again.load_state_dict(loader.state_dict())
     assert equal(next(loader), next(again)) and batch.inputs.shape == (8, 256)
+
+
+def test_a_json_array_is_text_as_json_lines_are_and_a_pattern_names_files(tmp_path, monkeypatch):
+    rows = [dict(text=text(i), url='http://a') for i in range(60)]
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'array.json').write_text(json.dumps(rows, indent=1))
+    jsonl(tmp_path/'mine'/'lines.jsonl', [row['text'] for row in rows])
+    (tmp_path/'mine'/'config.json').write_text('{"epochs": 3}')
+    read = lambda name: [document for path in corpus_here(tmp_path, find_corpus(str(tmp_path/'mine'/name))) for document in dataset.file_documents(path)]
+    assert read('array.json') == read('array*') == read('*.jsonl') == read('') == [row['text'] for row in rows]   # beside other files, a .json is a setting
+    monkeypatch.chdir(tmp_path)
+    assert find_corpus('mine/*.jsonl') == find_corpus(f'{tmp_path}/mine/*.jsonl') and find_corpus('yours/mine/*.jsonl').repo == 'yours/mine'

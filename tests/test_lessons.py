@@ -473,6 +473,11 @@ def test_fuel_gauge_sees_quadratic_work():
     assert 1.6 < gauge.power < 2.3 and not gauge.affordable and 'rest' in repr(gauge)
 
 
+def test_fuel_gauge_is_not_fooled_by_a_fixed_cost_of_small_sizes():
+    gauge = lesson.fuel_gauge('sleep', lambda n: time.sleep(.02 + n / 1000), [2, 4, 8], target=1000)
+    assert gauge.power == 1 and gauge.estimate >= 1
+
+
 # --- the lessons themselves ------------------------------------------------------------------------------------------
 
 def test_there_are_lessons():
