@@ -795,7 +795,7 @@ def fuel_gauge(name: str, work: Callable, # size -> anything; the long work, at 
         tried.append(size)
         seconds.append(min(runs))
         if sum(seconds) + sum(runs) > patience: break
-    power = 1.0 if len(tried) < 2 else min(max(math.log(seconds[-1] / seconds[0]) / math.log(tried[-1] / tried[0]), 0.0), 3.0)
+    power = 1.0 if len(tried) < 2 else min(max(math.log(seconds[-1] / seconds[0]) / math.log(tried[-1] / tried[0]), 1.0), 3.0)
     return Fuel(name, tried, seconds, target, power, seconds[-1] * (target / tried[-1]) ** power, budget, instead)
 
 # %% ../nbs/24_lesson.ipynb #f13dfee6
