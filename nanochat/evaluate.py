@@ -281,7 +281,7 @@ def grade(
     else: completions = write_replies(model, tokenizer, problems, max_tokens, max_batch)
     mine = [prompt_and_answer(each) | dict(completion=text, correct=bool(task.evaluate(each, text))) for each, text in zip(problems, completions)]
     examples = gather_lists(mine, compute)
-    return dict(task=task.name, kind=task.kind, **summarize([e['correct'] for e in examples], task.baseline),
+    return dict(task=task.name, kind=task.kind, **task.circumstances(), **summarize([e['correct'] for e in examples], task.baseline),
                 seconds=round(time.time() - started, 2), examples=examples)
 
 # %% ../nbs/15_evaluate.ipynb #b031b915

@@ -141,6 +141,9 @@ class Task:
     def reward(self, conversation: dict, completion: str) -> float:
         "What reinforcement learning pays for `completion`."
         return float(self.evaluate(conversation, completion))
+    def circumstances(self) -> dict:
+        "What a record of this task's results should say, besides."
+        return {}
     def question(self, conversation: dict) -> str:
         "What a problem asks, without the wording that all problems of the task share."
         return message_text(conversation['messages'][-2]['content'])
@@ -241,6 +244,9 @@ class HumanEval(Task):
         password = secrets.token_hex(16)
         result = run_sandboxed(self.program(conversation, completion, password))
         return bool(result.ok) and result.stdout.rstrip().endswith(password)
+    def circumstances(self):
+        from nanochat.tools import isolation_level
+        return dict(isolation=isolation_level())
 
 # %% ../nbs/12_tasks.ipynb #378b62fc
 class SmolTalk(Task):

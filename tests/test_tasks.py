@@ -103,8 +103,9 @@ def test_the_calculator_agrees_with_the_marks_of_gsm8k():
 @real
 @pytest.mark.slow
 def test_humaneval_accepts_every_canonical_solution_and_no_empty_one():
-    pytest.importorskip('nanochat.tools')
+    tools = pytest.importorskip('nanochat.tools')
     task = load_task('HumanEval', 'test', REAL)
+    assert task.circumstances()['isolation'] in tools.ISOLATION and load_task('GSM8K', 'test', REAL).circumstances() == {}
     class Forgetful(ast.NodeTransformer):
         "Every function returns None"
         def visit_Return(self, node): return ast.Return(ast.Constant(None))
