@@ -468,7 +468,7 @@ def test_a_thousand_random_stops_lose_no_token(files, packing):
     loader, states, record = make(files, **options), [], []
     for _ in range(1000): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
     again = make(files, **options)
-    for stop in draw.sample(range(1000), 1000 if packing == 'flat' else 200):
+    for stop in draw.sample(range(1000), 1000):
         again.load_state_dict(json.loads(states[stop]))
         assert equal(next(again), record[stop])
 
@@ -574,3 +574,21 @@ def test_a_json_array_is_text_as_json_lines_are_and_a_pattern_names_files(tmp_pa
     assert read('array.json') == read('array*') == read('*.jsonl') == read('') == [row['text'] for row in rows]   # beside other files, a .json is a setting
     monkeypatch.chdir(tmp_path)
     assert find_corpus('mine/*.jsonl') == find_corpus(f'{tmp_path}/mine/*.jsonl') and find_corpus('yours/mine/*.jsonl').repo == 'yours/mine'
+
+
+@pytest.mark.parametrize('world_size', [2, 3, 5, 8])
+@pytest.mark.parametrize('packing', ['flat', 'best_fit'])
+def test_a_run_goes_from_one_process_to_several_and_back_to_the_token(files, packing, world_size):
+    options = dict(packing=packing, buffer=12, encode_batch=4)
+    alone, states, record = DocumentLoader(files, ByteTokenizer(), 4, 32, **options), [], []
+    for _ in range(120): states.append(json.dumps(alone.state_dict())); record.append(next(alone).inputs)
+    rows = torch.cat(record)
+    for stop in range(0, 40, 7):
+        ranks = [DocumentLoader(files, ByteTokenizer(), 4, 32, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+        for rank in ranks: rank.load_state_dict(json.loads(states[stop]))
+        dealt = torch.cat([torch.stack([next(rank).inputs for rank in ranks], 1).flatten(0, 1) for _ in range(3)])
+        assert torch.equal(dealt, rows[4*stop:4*stop + len(dealt)])
+        assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
+        back, place = DocumentLoader(files, ByteTokenizer(), 4, 32, **options), 4*stop + len(dealt)
+        back.load_state_dict(json.loads(json.dumps(ranks[-1].state_dict())))
+        assert torch.equal(next(back).inputs, rows[place:place + 4])
