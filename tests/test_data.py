@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.common import NanochatError, Run
+from nanochat.common import NanochatError, Run, list_profiles, load_profile
 from nanochat.dataloader import ConversationLoader, DocumentLoader
 from nanochat import dataset
 from nanochat.dataset import (CORPORA, corpus_files, corpus_here, corpus_sources, describe_file, download, download_extra, find_bundle, find_corpus, folder_root, hub_names, main, make_kindergarten, parquet_documents, parquet_row_groups,
@@ -592,3 +592,6 @@ def test_a_run_goes_from_one_process_to_several_and_back_to_the_token(files, pac
         back, place = DocumentLoader(files, ByteTokenizer(), 4, 32, **options), 4*stop + len(dealt)
         back.load_state_dict(json.loads(json.dumps(ranks[-1].state_dict())))
         assert torch.equal(next(back).inputs, rows[place:place + 4])
+
+def test_a_run_of_any_profile_may_go_on_with_another_number_of_processes():
+    for name in list_profiles(): assert load_profile(name)['stages']['base'].get('split', 'rows') == 'rows', name
