@@ -132,11 +132,10 @@ def document_tokens(
     (epoch, file, row_group, document), whole = place, tuple(place[1:]) == (0, 0, 0)
     while True:
         found = False
-        for file, row_group, texts in Ahead(parquet_row_groups(files, column, rank, world_size, (file, row_group)), 1):
-            for first in range(document, len(texts), documents):
-                ids = encode_documents(texts.slice(first, documents), tokenizer)
-                if len(ids): found = True; yield (epoch, file, row_group, first), ids
-            document = 0
+        for file, row_group, first, texts in Ahead(parquet_row_groups(files, column, rank, world_size, (file, row_group, document)), 1):
+            for i in range(0, len(texts), documents):
+                ids = encode_documents(texts.slice(i, documents), tokenizer)
+                if len(ids): found = True; yield (epoch, file, row_group, first + i), ids
         if whole and not found: raise NanochatError(f"the {len(files)} shards from {files[0].name} on hold no text for process {rank} of {world_size}; use fewer processes, or split='rows'")
         whole, epoch, file, row_group, document = True, epoch + 1, 0, 0, 0
 

@@ -44,7 +44,7 @@ def open_shard(
 ) -> pq.ParquetFile:  # its footer is read, its texts are not yet
     "Open one parquet shard and check that it is whole and has a text column; else raises `NanochatError`, one line that names file and fix."
     path = Path(path)
-    try: shard = pq.ParquetFile(path)
+    try: shard = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # a large row group is not read whole
     except FileNotFoundError: raise NanochatError(f"shard {path.name} is missing from {path.parent}; run the dataset stage again") from None
     except (pa.ArrowException, OSError) as error:
         raise NanochatError(f"shard {path} is truncated or not parquet ({str(error).splitlines()[0][:80]}); delete it and run the dataset stage again") from None
@@ -60,27 +60,36 @@ def read_row_group(
     path: Path,             # of the shard, for the message
     i: int,                 # number of the row group, from 0
     column: str = 'text',   # of the texts
-) -> pa.Array:  # of strings
-    "The documents of row group `i`; raises `NanochatError` for damaged pages, one line that names the file. A null is an empty document."
+    documents: int = 1024,  # so many at a time, which is all of a row group as large as the reference system's
+) -> Iterator[tuple[int, pa.Array]]:  # number of the first document in the row group; the documents, as strings
+    "The documents of row group `i`, piece by piece; raises `NanochatError` for damaged pages, one line that names the file. A null is an empty document."
+    first = 0
     try:
-        texts = shard.read_row_group(i, columns=[column], use_threads=False).column(column).combine_chunks()
-        texts.validate(full=True)  # parquet takes any bytes for a text
+        for batch in shard.iter_batches(documents, row_groups=[i], columns=[column], use_threads=False):
+            texts = batch.column(0)
+            texts.validate(full=True)  # parquet takes any bytes for a text
+            yield first, texts.fill_null('') if texts.null_count else texts
+            first += len(texts)
     except (pa.ArrowException, OSError) as error:
         raise NanochatError(f"shard {path} is damaged in row group {i} ({str(error).splitlines()[0][:80]}); delete it and run the dataset stage again") from None
-    return texts.fill_null('') if texts.null_count else texts
 
+# %% ../nbs/03_dataset.ipynb #2679bd7a
 def parquet_row_groups(
     files: list[Path],                # shards, read in this order
     column: str = 'text',             # of the texts
     rank: int = 0,                    # of each file, this process reads row groups rank, rank + world_size, …
     world_size: int = 1,              # processes that share the files
-    start: tuple[int, int] = (0, 0),  # (file, row group) to begin at, each from 0
-) -> Iterator[tuple[int, int, pa.Array]]:  # number of the file, number of the row group, its documents
-    "One pass over the row groups of the files in order, from `start` on."
+    start: tuple[int, int, int] = (0, 0, 0),  # (file, row group, document) to begin at, each from 0
+) -> Iterator[tuple[int, int, int, pa.Array]]:  # numbers of file, row group and first document; documents
+    "One pass over the row groups of the files in order, from `start` on; a large row group comes in pieces."
     for file in range(start[0], len(files)):
         shard = open_shard(files[file], column)
         for row_group in range(rank, shard.num_row_groups, world_size):
-            if (file, row_group) >= tuple(start): yield file, row_group, read_row_group(shard, files[file], row_group, column)
+            if (file, row_group) < tuple(start[:2]): continue
+            read_before = start[2] if (file, row_group) == tuple(start[:2]) else 0
+            for first, texts in read_row_group(shard, files[file], row_group, column):
+                skip = max(read_before - first, 0)
+                if skip < len(texts): yield file, row_group, first + skip, texts[skip:]
 
 def parquet_documents(
     files: list[Path],                # shards, read in this order
@@ -90,7 +99,7 @@ def parquet_documents(
     start: tuple[int, int] = (0, 0),  # (file, row group) to begin at, each from 0
 ) -> Iterator[str]:
     "One pass over the documents of the files in order, from row group `start` on; shared out over ranks by row group."
-    for _, _, texts in parquet_row_groups(files, column, rank, world_size, start): yield from texts.to_pylist()
+    for *_, texts in parquet_row_groups(files, column, rank, world_size, (*start, 0)): yield from texts.to_pylist()
 
 # %% ../nbs/03_dataset.ipynb #a1377c77
 def read_manifest(
@@ -723,9 +732,7 @@ def count_text(
     size = sum(path.stat().st_size for path in files)
     characters = counted = 0
     for path in files[:sample]:
-        shard = open_shard(path, column)
-        for i in range(shard.num_row_groups):
-            texts = read_row_group(shard, path, i, column)
+        for *_, texts in parquet_row_groups([path], column):
             characters += pc.sum(pc.utf8_length(texts)).as_py() or 0
             counted += len(texts)
     if counted < documents: characters = round(characters*documents/max(counted, 1))

@@ -69,8 +69,8 @@ def equal(a, b): return torch.equal(a.inputs, b.inputs) and torch.equal(a.target
 
 def test_ranks_share_all_row_groups_without_overlap(root):
     files = split(root)[0]
-    whole = [(file, group) for file, group, _ in parquet_row_groups(files)]
-    parts = [[(file, group) for file, group, _ in parquet_row_groups(files, rank=r, world_size=3)] for r in range(3)]
+    whole = [(file, group) for file, group, *_ in parquet_row_groups(files)]
+    parts = [[(file, group) for file, group, *_ in parquet_row_groups(files, rank=r, world_size=3)] for r in range(3)]
     assert sorted(sum(parts, [])) == whole and len(whole) == 3*5
 
 def test_reading_resumes_at_any_row_group(root):
@@ -595,3 +595,40 @@ def test_a_run_goes_from_one_process_to_several_and_back_to_the_token(files, pac
 
 def test_a_run_of_any_profile_may_go_on_with_another_number_of_processes():
     for name in list_profiles(): assert load_profile(name)['stages']['base'].get('split', 'rows') == 'rows', name
+
+
+@pytest.fixture(scope='module')
+def one_large_group(tmp_path_factory):
+    "200 MB in a single row group of 10,000 documents."
+    path = tmp_path_factory.mktemp('large')/'a.parquet'
+    pq.write_table(pa.table({'text': [f'{i} ' + random.Random(i).randbytes(10_000).hex() for i in range(10_000)]}), path, row_group_size=10**6)
+    return path
+
+def test_a_large_row_group_is_never_in_memory_whole(one_large_group):
+    code = '''import sys; from pathlib import Path; from nanochat.dataset import parquet_row_groups
+def peak(): return int(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])
+before = peak()
+assert sum(len(texts) for *_, texts in parquet_row_groups([Path(sys.argv[1])])) == 10_000
+print(peak() - before)'''
+    grown = int(subprocess.run([sys.executable, '-c', code, one_large_group], capture_output=True, text=True, check=True).stdout)
+    assert pq.read_metadata(one_large_group).num_row_groups == 1 and grown < 120_000, f'{grown} kB'
+
+def test_a_large_row_group_is_read_on_from_any_document(one_large_group):
+    documents = list(parquet_documents([one_large_group]))
+    assert [document.split()[0] for document in documents] == list(map(str, range(10_000)))
+    for start in (0, 1, 1023, 1024, 1025, 5000, 9999):
+        rest = [text for *_, first, texts in parquet_row_groups([one_large_group], start=(0, 0, start)) for text in texts.to_pylist()]
+        assert rest == documents[start:]
+
+@pytest.mark.parametrize('packing', ['flat', 'best_fit'])
+def test_a_row_group_in_pieces_resumes_to_the_bit(tmp_path, packing):
+    paths = [tmp_path/f'{i}.parquet' for i in range(2)]
+    for i, path in enumerate(paths): pq.write_table(pa.table({'text': [text(3000*i + j) for j in range(3000)]}), path)
+    def packed(): return DocumentLoader(paths, ByteTokenizer(), 4, 128, packing=packing, buffer=12)
+    loader, states, record = packed(), [], []
+    for _ in range(2000): states.append(json.dumps(loader.state_dict())); record.append(next(loader))
+    assert {json.loads(state)['sources'][0]['document']//1024 for state in states} == {0, 1, 2}
+    for stop in [*range(0, 1990, 97), *random.Random(3).sample(range(1990), 20)]:
+        again = packed()
+        again.load_state_dict(json.loads(states[stop]))
+        assert all(equal(next(again), batch) for batch in record[stop:stop + 10])
