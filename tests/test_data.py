@@ -632,3 +632,28 @@ def test_a_row_group_in_pieces_resumes_to_the_bit(tmp_path, packing):
         again = packed()
         again.load_state_dict(json.loads(states[stop]))
         assert all(equal(next(again), batch) for batch in record[stop:stop + 10])
+
+
+# Ctrl-C in the tokenizer's trainer, in a process of its own: an interrupt that comes late must not end the tests
+
+INTERRUPTED = '''
+import itertools, os, random, signal, sys, threading, time
+import rustbpe
+draw, sent = random.Random(5), []
+def words(count): return ' '.join(''.join(draw.choices('abcdefghijklmnopqrstuvwxyz', k=8)) for _ in range(count))
+def stop(): sent.append(time.monotonic()); os.kill(os.getpid(), signal.SIGINT)
+def progress(size, merges):  # called by the trainer between its batches, and after every 256 merges
+    if not sent and bool(merges) == (sys.argv[1] == 'merging'): sent.append(0); threading.Timer(.1, stop).start()
+small = [words(3000)]
+expected = rustbpe.train(small, 400)
+texts = itertools.repeat(words(20_000)) if sys.argv[1] == 'counting' else [words(1_000_000)]  # the first never ends; neither runs Python code
+try: rustbpe.train(texts, 10**9, progress=progress)
+except KeyboardInterrupt: print(time.monotonic() - sent[-1])
+assert rustbpe.train(small, 400) == expected
+'''
+
+@pytest.mark.parametrize('during', ['counting', 'merging'])
+def test_ctrl_c_ends_the_rust_trainer_soon_and_harms_nothing(during):
+    pytest.importorskip('rustbpe')
+    done = subprocess.run([sys.executable, '-c', INTERRUPTED, during], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and float(done.stdout) < 3, done.stdout + done.stderr   # a fraction of a second; without an ear for signals seven, or never
