@@ -6,8 +6,8 @@
 __all__ = ['FIELDS', 'SHOTS', 'TEMPLATES', 'WORTH_SHARING', 'take_batches', 'count_bytes', 'bits_per_byte',
            'unigram_bits_per_byte', 'centered', 'CoreTask', 'load_bundle', 'load_items', 'draw_shots', 'render_prompts',
            'common_length', 'Row', 'tokenize_prompts', 'pad_rows', 'score_spans', 'score_rows', 'shared_start',
-           'score_shared', 'pack_items', 'score_items', 'is_right', 'wilson', 'evaluate_task', 'evaluate_core',
-           'core_csv']
+           'score_shared', 'pack_items', 'score_items', 'is_right', 'wilson', 'centered_error', 'evaluate_task',
+           'evaluate_core', 'core_csv']
 
 # %% ../nbs/10_core.ipynb #deae1e3a
 import csv
@@ -339,6 +339,14 @@ def wilson(
     middle, spread = accuracy + z*z/(2*n), z*math.sqrt(accuracy*(1 - accuracy)/n + z*z/(4*n*n))
     return max(0.0, (middle - spread)/(1 + z*z/n)), min(1.0, (middle + spread)/(1 + z*z/n))
 
+def centered_error(
+    accuracy: float,   # 0 to 1, as measured
+    n: int,            # items
+    baseline: float,   # percent right by guessing
+) -> float:
+    "The standard error of a centred accuracy."
+    return math.sqrt(accuracy*(1 - accuracy)/n)/(1 - .01*baseline)
+
 # %% ../nbs/10_core.ipynb #44208f8d
 def evaluate_task(
     model,
@@ -349,7 +357,7 @@ def evaluate_task(
     tokens: int = 8192,          # of one forward pass, padding included
     max_len: int | None = None,  # tokens; rows are cut to this from the left; None: what the model's rotary tables allow, 10·T
     share: bool = True,          # read the shared start of an item's rows once
-) -> dict:  # accuracy (0 to 1), interval (95%), centered, n (items asked), baseline (percent), kind, shots, seconds
+) -> dict:  # accuracy (0 to 1), interval (95%), centered, centered_error (one standard error), n (items asked), baseline (percent), kind, shots, seconds
     "Accuracy of a model on one task; processes share the items by stride."
     started, items = time.time(), load_items(task)
     asked = range(compute.rank, min(max_per_task, len(items)) if max_per_task > 0 else len(items), compute.world_size)
@@ -361,7 +369,7 @@ def evaluate_task(
         scores = score_items(model, rows, tokenizer.bos, compute.device, tokens, share, max_len)
         total += torch.tensor([sum(is_right(task.kind, s, items[i]) for s, i in zip(scores, part)), len(part)], device=compute.device)
     right, n = compute.all_reduce(total).tolist()
-    return dict(accuracy=right/n, interval=[round(end, 4) for end in wilson(right/n, int(n))], centered=centered(right/n, task.baseline), n=int(n), baseline=task.baseline,
+    return dict(accuracy=right/n, interval=[round(end, 4) for end in wilson(right/n, int(n))], centered=centered(right/n, task.baseline), centered_error=centered_error(right/n, int(n), task.baseline), n=int(n), baseline=task.baseline,
                 kind=task.kind, shots=task.num_fewshot, seconds=round(time.time() - started, 2))
 
 # %% ../nbs/10_core.ipynb #2debdbc9
@@ -373,7 +381,7 @@ def evaluate_core(
     max_per_task: int = -1,           # items asked of each task; -1 is all
     labels: list[str] | None = None,  # only these tasks; None: all
     **options,                        # of evaluate_task
-) -> dict:  # {'core': float, 'tasks': {label: what evaluate_task returns}}
+) -> dict:  # {'core': float, 'error': its standard error, 'tasks': {label: what evaluate_task returns}}
     "The CORE metric: the plain mean of the tasks' centred accuracies (the reference system, October 2025); raises `NanochatError` for a label that the bundle does not have."
     tasks = load_bundle(bundle)
     unknown = set(labels or []) - {task.label for task in tasks}
@@ -382,7 +390,8 @@ def evaluate_core(
     model.eval()
     results = {task.label: evaluate_task(model, tokenizer, task, compute, max_per_task, **options) for task in tasks if labels is None or task.label in labels}
     model.train(was_training)
-    return dict(core=sum(result['centered'] for result in results.values())/len(results), tasks=results)
+    total, k = sum(result['centered'] for result in results.values()), len(results)
+    return dict(core=total/k, error=math.hypot(*(result['centered_error'] for result in results.values()))/k, tasks=results)
 
 # %% ../nbs/10_core.ipynb #bfc0cdde
 def core_csv(

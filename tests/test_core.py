@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import yaml
 
 from nanochat.common import Compute, NanochatError
-from nanochat.core import (Row, bits_per_byte, centered, draw_shots, evaluate_core, evaluate_task, load_bundle, load_items, render_prompts,
-                           score_items, score_rows, tokenize_prompts, unigram_bits_per_byte)
+from nanochat.core import (Row, bits_per_byte, centered, centered_error, draw_shots, evaluate_core, evaluate_task, load_bundle, load_items, render_prompts,
+                           score_items, score_rows, tokenize_prompts, unigram_bits_per_byte, wilson)
 from nanochat.dataloader import rows_to_batch
 from nanochat.gpt import GPT, GPTConfig
 
@@ -144,6 +144,26 @@ def test_core_is_the_mean_of_centred_scores_and_leaves_the_model_in_training_mod
     results = evaluate_core(model, ByteTokenizer(), bundle, COMPUTE)
     assert results['core'] == pytest.approx(sum(task['centered'] for task in results['tasks'].values())/3) and model.training
     json.dumps(results)
+
+def test_the_interval_is_the_one_that_wilson_published_and_stays_between_0_and_1():
+    assert wilson(.5, 10) == pytest.approx((.2366, .7634), abs=1e-4) and wilson(0., 10) == pytest.approx((0, .2775), abs=1e-4)  # Newcombe 1998, method 3
+    for n, right in ((1, 0), (1, 1), (32, 32), (500, 1)):
+        p, (low, high) = right/n, wilson(right/n, n)
+        assert 0 <= low <= p <= high <= 1
+        for end in (low, high): assert end in (0, 1) or abs(p - end) == pytest.approx(1.96*math.sqrt(end*(1 - end)/n))  # what defines it
+
+def test_every_task_of_core_says_how_sure_it_is_and_so_does_their_mean(bundle, monkeypatch):
+    dice = random.Random(1)
+    monkeypatch.setattr('nanochat.core.is_right', lambda *_: dice.random() < .6)
+    results = evaluate_core(make_model(), ByteTokenizer(), bundle, COMPUTE)
+    for task in results['tasks'].values():
+        assert task['interval'] == pytest.approx(wilson(task['accuracy'], 10), abs=1e-4)
+        assert task['centered_error'] == pytest.approx(math.sqrt(task['accuracy']*(1 - task['accuracy'])/10)/(1 - task['baseline']/100))
+    exams = 4000  # of the same questions again and again
+    def again(task): return centered(sum(dice.random() < task['accuracy'] for _ in range(10))/10, task['baseline'])
+    means = [sum(map(again, results['tasks'].values()))/3 for _ in range(exams)]
+    mean = sum(means)/exams
+    assert results['error'] == pytest.approx(math.sqrt(sum((each - mean)**2 for each in means)/exams), rel=.05) and centered_error(1., 10, 25) == 0
 
 def test_ranks_together_ask_each_item_once(bundle):
     task, model = load_bundle(bundle)[0], make_model()
